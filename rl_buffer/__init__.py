@@ -1,0 +1,81 @@
+"""A shared-memory experience server for reinforcement learning in PyTorch.
+
+`import rl_buffer` loads neither torch nor Numba: each name below is imported when it is first used.
+
+    layer       modules
+    pure        errors, spec, allocator, kernels, sum_tree, row_set, samplers, rate_limiters, n_step, stats_tracker,
+                tables, replay_table, parameter_slots, episode_ends, address
+    memory      storage, peers
+    protocol    messages
+    processes   server_core, server_loop, server          (the server)
+                connection, parameters, writer, batches, sampler, served_buffer, client          (its clients)
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rl_buffer.batches import ReplayBatch as ReplayBatch
+    from rl_buffer.client import Client as Client
+    from rl_buffer.client import connect as connect
+    from rl_buffer.errors import AddressInUse as AddressInUse
+    from rl_buffer.errors import Closed as Closed
+    from rl_buffer.errors import ConnectionRefused as ConnectionRefused
+    from rl_buffer.errors import DeadlineExceeded as DeadlineExceeded
+    from rl_buffer.errors import ForkedClient as ForkedClient
+    from rl_buffer.errors import InvalidInput as InvalidInput
+    from rl_buffer.errors import NotEnoughMemory as NotEnoughMemory
+    from rl_buffer.errors import RequestRefused as RequestRefused
+    from rl_buffer.errors import RLBufferError as RLBufferError
+    from rl_buffer.errors import ServerLost as ServerLost
+    from rl_buffer.rate_limiters import MinSize as MinSize
+    from rl_buffer.rate_limiters import SampleToInsertRatio as SampleToInsertRatio
+    from rl_buffer.sampler import ReplaySampler as ReplaySampler
+    from rl_buffer.samplers import Prioritized as Prioritized
+    from rl_buffer.samplers import Uniform as Uniform
+    from rl_buffer.server import BufferServer as BufferServer
+    from rl_buffer.spec import Field as Field
+    from rl_buffer.spec import TransitionSpec as TransitionSpec
+    from rl_buffer.stats_tracker import StatsTracker as StatsTracker
+    from rl_buffer.tables import ReplayTable as ReplayTable
+    from rl_buffer.writer import ReplayWriter as ReplayWriter
+
+_MODULES = {
+    "AddressInUse": "errors",
+    "BufferServer": "server",
+    "Client": "client",
+    "Closed": "errors",
+    "ConnectionRefused": "errors",
+    "DeadlineExceeded": "errors",
+    "Field": "spec",
+    "ForkedClient": "errors",
+    "InvalidInput": "errors",
+    "MinSize": "rate_limiters",
+    "NotEnoughMemory": "errors",
+    "Prioritized": "samplers",
+    "RLBufferError": "errors",
+    "ReplayBatch": "batches",
+    "ReplaySampler": "sampler",
+    "ReplayTable": "tables",
+    "ReplayWriter": "writer",
+    "RequestRefused": "errors",
+    "SampleToInsertRatio": "rate_limiters",
+    "ServerLost": "errors",
+    "StatsTracker": "stats_tracker",
+    "TransitionSpec": "spec",
+    "Uniform": "samplers",
+    "connect": "client",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'rl_buffer' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = getattr(importlib.import_module(f"rl_buffer.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

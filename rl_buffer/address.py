@@ -1,0 +1,118 @@
+"""Where a server can be found: one private directory with two sockets and a lock.
+
+    DIRECTORY (0700)/   owner.lock     held by flock while the server lives, so that a dead one's is free
+                        attach.sock    AF_UNIX SEQPACKET, file descriptors
+                        control.sock   zmq
+
+An address is `ipc://DIRECTORY`, or the directory alone.
+"""
+
+import contextlib
+import fcntl
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from rl_buffer.errors import AddressInUse, ConnectionRefused, InvalidInput
+
+_SCHEME = "ipc://"
+_MAX_SOCKET_PATH_NBYTES = 107  # sun_path of Linux, less the closing zero
+_LOCK, _ATTACH, _CONTROL = "owner.lock", "attach.sock", "control.sock"
+
+
+class Address:
+    """Paths of one server; creating the object touches nothing."""
+
+    def __init__(self, address: str | os.PathLike[str]) -> None:
+        """Parse `ipc:///some/directory` or `/some/directory`.
+
+        Raises:
+            InvalidInput: another scheme, or too long for a socket path.
+        """
+        text = os.fspath(address)
+        if "://" in text and not text.startswith(_SCHEME):
+            raise InvalidInput(f"address {text!r}: expected {_SCHEME}/some/directory (this version knows one machine)")
+        if not text.removeprefix(_SCHEME):
+            raise InvalidInput(f"address {text!r} names no directory; expected {_SCHEME}/some/directory")
+        self.directory = Path(text.removeprefix(_SCHEME)).absolute()
+        self.lock = self.directory / _LOCK
+        self.attach = self.directory / _ATTACH
+        self.control = self.directory / _CONTROL
+        if len(os.fsencode(self.control)) > _MAX_SOCKET_PATH_NBYTES:
+            raise InvalidInput(
+                f"address {text!r} is too long: {self.control} must be at most {_MAX_SOCKET_PATH_NBYTES} bytes, "
+                "a limit of Unix sockets; choose a shorter directory"
+            )
+
+    def __str__(self) -> str:
+        return f"{_SCHEME}{self.directory}"
+
+    @property
+    def control_endpoint(self) -> str:
+        """The zmq endpoint."""
+        return f"{_SCHEME}{self.control}"
+
+    def check_private(self) -> None:
+        """Refuse a directory that somebody else could have put there.
+
+        Raises:
+            ConnectionRefused: other owner, or accessible to others.
+        """
+        status = self.directory.stat()
+        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            raise ConnectionRefused(
+                f"{self.directory} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):04o}; expected "
+                f"owner {os.getuid()} and mode 0700, so that nobody else can listen there"
+            )
+
+    def acquire(self) -> int:
+        """Take the owner lock, making the directory where needed; return the lock's descriptor.
+
+        Sockets that a killed server left are removed. The lock goes when the descriptor is closed.
+
+        Raises:
+            AddressInUse: a live server holds it.
+            ConnectionRefused: the directory is not private.
+        """
+        while True:
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.check_private()
+            try:
+                fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            except FileNotFoundError:  # the last owner is just removing the directory
+                continue
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                os.close(fd)
+                raise AddressInUse(
+                    f"another server is running at {self}; stop it, or choose another address"
+                ) from error
+            # The last owner may have removed the file between our open and our lock.
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(fd).st_ino == os.stat(self.lock).st_ino:
+                    break
+            os.close(fd)
+        for path in (self.attach, self.control):
+            path.unlink(missing_ok=True)
+        return fd
+
+    def release(self, lock_fd: int) -> None:
+        """Remove sockets, lock and the directory if it is then empty."""
+        for path in (self.attach, self.control, self.lock):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.directory.rmdir()
+        os.close(lock_fd)
+
+
+def fresh_address() -> str:
+    """An address that no other server has, below the user's runtime or temporary directory."""
+    parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    return f"{_SCHEME}{tempfile.mkdtemp(prefix='rl_buffer-', dir=parent)}"
+
+
+def default_address() -> str:
+    """The address that scripts agree on when none is given: one per user."""
+    return f"{_SCHEME}{tempfile.gettempdir()}/rl_buffer-{os.getuid()}"

@@ -1,0 +1,73 @@
+"""What sampling hands out: batches of torch tensors, as views of one block of rows."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rl_buffer.spec import RowLayout, unflatten
+
+TensorTree = Any  # a tensor, or a nested dict of tensors where the space is a Dict
+
+_TORCH_DTYPES = {
+    "bool": torch.bool,
+    "uint8": torch.uint8,
+    "int8": torch.int8,
+    "int16": torch.int16,
+    "int32": torch.int32,
+    "int64": torch.int64,
+    "uint16": torch.uint16,
+    "uint32": torch.uint32,
+    "uint64": torch.uint64,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@dataclass(slots=True)
+class ReplayBatch:
+    """B transitions. Scalars are (B,). The tensors belong to the caller until the next `sample()` overwrites them.
+
+    With n-step returns, `rewards` are discounted sums, `next_observations` lie n_steps later, and the bootstrap target
+    is `rewards + discounts * V(next_observations)`: `discounts` = gamma^n_steps * (1 - terminated).
+    """
+
+    observations: TensorTree  # (B, *obs_shape)
+    actions: TensorTree  # (B, *action_shape)
+    rewards: torch.Tensor  # (B,) float32
+    dones: torch.Tensor  # (B,) float32, 1 where terminated: masks the bootstrap as in 1 - dones
+    truncateds: torch.Tensor  # (B,) bool
+    terminateds: torch.Tensor  # (B,) bool
+    next_observations: TensorTree  # (B, *obs_shape)
+    discounts: torch.Tensor  # (B,) float32
+    n_steps: torch.Tensor  # (B,) int32, reward steps actually summed
+    extras: dict[str, torch.Tensor]
+    weights: torch.Tensor | None = None  # (B,) float32, prioritized only: importance weights, at most 1
+    indices: torch.Tensor | None = None  # (B,) int64 on the CPU, prioritized only: rows
+    generations: torch.Tensor | None = None  # (B,) int64 on the CPU, prioritized only: of those rows
+
+
+def leaf_views(layout: RowLayout, block: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Views (B, *shape) of every leaf in a block (B, stride / 8) of int64; nothing is copied."""
+    num_rows = block.shape[0]
+    block_bytes = block.view(torch.uint8)
+    views = {}
+    for path, column in layout.columns.items():
+        stop = column.offset + column.field.nbytes
+        leaf = block_bytes[:, column.offset : stop].view(_TORCH_DTYPES[column.field.dtype])
+        views[path] = leaf.view(num_rows, *column.field.shape)
+    return views
+
+
+def replay_batch(leaves: Mapping[str, torch.Tensor]) -> ReplayBatch:
+    """Name the leaves of a transition table."""
+    flat = {name: leaves[name] for name in ("rewards", "dones", "truncateds", "terminateds", "discounts", "n_steps")}
+    return ReplayBatch(
+        observations=unflatten("observations", leaves),
+        actions=unflatten("actions", leaves),
+        next_observations=unflatten("next_observations", leaves),
+        extras=unflatten("extras", leaves),
+        **flat,
+    )

@@ -1,0 +1,238 @@
+"""One process's line to a server: the attach socket, shared memory, and zmq channels with deadlines.
+
+Nothing here knows what the messages mean. Every wait watches the server's process as well, so that a killed server
+ends it at once and not at the deadline.
+"""
+
+import contextlib
+import math
+import os
+import select
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+
+import zmq
+
+from rl_buffer import messages
+from rl_buffer.address import Address
+from rl_buffer.errors import (
+    Closed,
+    ConnectionRefused,
+    DeadlineExceeded,
+    InvalidInput,
+    RequestRefused,
+    ServerLost,
+)
+from rl_buffer.peers import peer_process
+from rl_buffer.storage import ProcessGuard, Segment
+
+_RETRY_S = 0.02  # between looks for a server that has not been started yet
+_MAX_FDS_PER_PACKET = 253  # SCM_MAX_FD of Linux
+_SEND_TIMEOUT_MS = 10_000
+
+_open_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+
+
+class Connection:
+    """Attached to one server epoch, in the process that made it."""
+
+    def __init__(self, address: Address, name: str, timeout_s: float) -> None:
+        """Attach, waiting for a server that is not there yet.
+
+        Raises:
+            DeadlineExceeded: none came up, or it did not answer.
+            ConnectionRefused: it does not let this process in.
+        """
+        self.address = address
+        self.guard = ProcessGuard()
+        self._lock = threading.Lock()
+        self._next_channel = 0
+        self._closed = False
+        self._socket, self._server_pidfd = _connect(address, time.monotonic() + timeout_s, timeout_s)
+        self._context = zmq.Context()
+        _open_connections.add(self)
+        try:
+            hello = messages.Hello(messages.PROTOCOL_VERSION, name)
+            with self.request(hello, timeout_s) as (reply, segment):
+                if isinstance(reply, messages.Refused):
+                    raise ConnectionRefused(f"{address} refused: {reply.reason}")
+                if not isinstance(reply, messages.Welcome):
+                    raise InvalidInput(
+                        f"{address} answered Hello with {type(reply).__name__}; is it an rl_buffer server?"
+                    )
+                self.epoch = reply.epoch
+                self.token = reply.token
+                self.stats_config = reply.stats
+                self.tables = reply.tables
+                self.segments = {
+                    name: (segment(info.rows, True), segment(info.generations, False))
+                    for name, info in reply.tables.items()
+                }
+        except BaseException:
+            self.close()
+            raise
+
+    @contextlib.contextmanager
+    def request(
+        self, request: messages.AttachRequest, timeout_s: float
+    ) -> "Iterator[tuple[messages.AttachReply, Callable[[messages.SegmentInfo, bool], Segment]]]":
+        """Ask on the attach socket; inside the block, `segment(info, writable)` maps what came with the reply."""
+        self.check()
+        fds: list[int] = []
+        with self._lock:
+            try:
+                self._socket.send(messages.encode_attach(request))
+                if not select.select([self._socket], [], [], timeout_s)[0]:
+                    raise DeadlineExceeded(f"{self.address} did not answer within {timeout_s} s; is it stopped?")
+                packet, fds, _, _ = socket.recv_fds(self._socket, messages.MAX_ATTACH_NBYTES, _MAX_FDS_PER_PACKET)
+            except OSError as error:
+                if isinstance(error, DeadlineExceeded):
+                    raise
+                raise ServerLost(f"the server at {self.address} is gone: {error}") from error
+        try:
+            if not packet:
+                raise ServerLost(f"the server at {self.address} closed the connection")
+            yield (
+                messages.decode_attach_reply(packet),
+                lambda info, writable: Segment(fds[info.position], info.nbytes, writable=writable),
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def channel(self) -> "Channel":
+        """A new zmq channel; it belongs to the thread that uses it."""
+        self.check()
+        self._next_channel += 1
+        return Channel(self, self._context, self._server_pidfd, self._next_channel)
+
+    def pause(self, seconds: float) -> None:
+        """Let time pass, but not past the server's end.
+
+        Raises:
+            ServerLost: its process ended.
+        """
+        if select.select([self._server_pidfd], [], [], seconds)[0]:
+            raise server_lost(self.address)
+
+    def check(self) -> None:
+        """Raise if this connection cannot be used here and now."""
+        self.guard.check()
+        if self._closed:
+            raise Closed(f"the client of {self.address} was closed")
+
+    def close(self) -> None:
+        """Give up sockets. Mapped memory stays valid as long as arrays refer to it."""
+        if not self._closed:
+            self._closed = True
+            self._context.destroy(linger=0)
+            self.close_descriptors()
+
+    def close_descriptors(self) -> None:
+        """The part of `close` that a forked child may do: the descriptors are its own copies."""
+        self._socket.close()
+        if self._server_pidfd >= 0:
+            os.close(self._server_pidfd)
+            self._server_pidfd = -1
+
+
+class Channel:
+    """One DEALER socket; its routing id proves to the server which attached client speaks."""
+
+    def __init__(
+        self,
+        connection: Connection,
+        context: "zmq.Context[zmq.Socket[bytes]]",
+        server_pidfd: int,
+        number: int,
+    ) -> None:
+        self.connection = connection
+        self.number = number
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.IDENTITY, connection.token + number.to_bytes(4, "little"))
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_NBYTES)
+        self._socket.connect(connection.address.control_endpoint)
+        self._server_pidfd = server_pidfd
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(server_pidfd, zmq.POLLIN)
+
+    def send(self, frame: bytes) -> None:
+        """Queue one frame.
+
+        Raises:
+            DeadlineExceeded: the server has not read for so long that the queue is full.
+        """
+        try:
+            self._socket.send(frame)
+        except zmq.Again as error:
+            raise DeadlineExceeded(
+                f"the server at {self.connection.address} has not read a message for {_SEND_TIMEOUT_MS / 1000} s"
+            ) from error
+
+    def receive(self, timeout_s: float) -> bytes | None:
+        """The next frame, or None at the deadline. Zero does not wait.
+
+        Raises:
+            RequestRefused: the frame says that the server refused something.
+            ServerLost: its process ended.
+        """
+        frame = self._receive(timeout_s)
+        if frame is not None and messages.kind_of(frame) == messages.REFUSAL:
+            raise RequestRefused(messages.decode_refusal(frame))
+        return frame
+
+    def _receive(self, timeout_s: float) -> bytes | None:
+        with contextlib.suppress(zmq.Again):
+            return self._socket.recv(zmq.NOBLOCK)
+        if timeout_s <= 0:
+            return None
+        ready = dict(self._poller.poll(math.ceil(timeout_s * 1000)))
+        if self._socket in ready:  # first: what a dying server sent still counts
+            return self._socket.recv()
+        if ready:
+            raise server_lost(self.connection.address)
+        return None
+
+    def close(self) -> None:
+        """Close the socket; unsent frames are dropped."""
+        self._socket.close()
+
+
+def server_lost(address: Address) -> ServerLost:
+    """The error of every call that finds the server's process gone."""
+    return ServerLost(f"the server at {address} ended; start it and connect again. What was not acknowledged is lost")
+
+
+def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[socket.socket, int]:
+    """(connected socket, pidfd of the server), trying until the deadline."""
+    while True:
+        attach = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            address.check_private()
+            attach.connect(os.fspath(address.attach))
+            return attach, peer_process(attach)[1]
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
+            attach.close()
+            if time.monotonic() >= deadline_s:
+                raise DeadlineExceeded(
+                    f"no server came up at {address} within {timeout_s} s ({error.strerror}); start one there "
+                    "(scripts/serve.py, or BufferServer.start), or pass the address that it prints"
+                ) from error
+            time.sleep(_RETRY_S)
+        except BaseException:
+            attach.close()
+            raise
+
+
+def _close_in_forked_child() -> None:
+    for connection in list(_open_connections):
+        connection.close_descriptors()
+
+
+os.register_at_fork(after_in_child=_close_in_forked_child)

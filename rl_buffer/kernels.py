@@ -1,0 +1,27 @@
+"""How Numba kernels are declared here: typed for mypy, cached, without the GIL, compiled at import."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from numba import njit, types
+
+_Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
+
+FLOATS = types.Array(types.float64, 1, "C")
+FLOATS_2D = types.Array(types.float64, 2, "C")
+INTS = types.Array(types.int64, 1, "C")
+INTS_2D = types.Array(types.int64, 2, "C")
+INT = types.int64
+# Inputs that a kernel only reads also come as views of a message, which NumPy marks read-only.
+FLOATS_IN = types.Array(types.float64, 1, "C", readonly=True)
+INTS_IN = types.Array(types.int64, 1, "C", readonly=True)
+
+
+def compiled(*argument_types: Any) -> Callable[[_Kernel], _Kernel]:
+    """`numba.njit` that keeps the function's type.
+
+    With argument types the kernel is compiled (or loaded from Numba's cache) when its module is imported, so
+    that no first call is slow. Without any it is compiled into the kernels that call it.
+    """
+    signatures = [argument_types] if argument_types else None
+    return cast(Callable[[_Kernel], _Kernel], njit(signatures, cache=True, nogil=True))

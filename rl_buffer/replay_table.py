@@ -1,0 +1,97 @@
+"""One replay table's bookkeeping: allocator, sampler, limiter and generations kept in step.
+
+The server runs it for shared rows and the in-process buffers run it for their own; neither row contents nor
+sockets nor clocks are known here. A row can be sampled from `commit` until the commit that evicts it.
+
+Generations count both changes, so that parity is the row's state:
+
+    even: free or reserved --commit: +1--> odd: committed --evict: +1--> even ...
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.allocator import RowAllocator, Rows
+from rl_buffer.errors import InvalidInput
+from rl_buffer.rate_limiters import RateLimiter
+from rl_buffer.samplers import make_sampler
+from rl_buffer.tables import ReplayTable, Sample
+
+
+class ReplayTableState:
+    """The table's changing part. Every method either does all of its work or raises and does none."""
+
+    def __init__(self, config: ReplayTable, generations: NDArray[np.int64]) -> None:
+        """Start empty.
+
+        Args:
+            config: the table's constants.
+            generations: int64 [config.num_rows], zeros; written here only, read by whoever gathers rows.
+        """
+        assert config.headroom is not None
+        self.config = config
+        self.allocator = RowAllocator(config.capacity, config.headroom)
+        self.limiter = RateLimiter(config.rate_limiter)
+        self.generations = generations
+        self.num_stale_updates = 0
+        self._sampler = make_sampler(config.sampler, config.num_rows)
+        self._rng = np.random.default_rng(config.seed)
+
+    def __len__(self) -> int:
+        return self.allocator.num_committed
+
+    def commit(self, rows: Rows, td_errors: NDArray[np.float64] | None) -> None:
+        """Make reserved, written rows sampleable, and evict the oldest that no longer fit.
+
+        Args:
+            rows: [N] int64, reserved.
+            td_errors: [N] float64 for initial priorities; NaN or None means the largest of the live ones.
+        """
+        evicted = self.allocator.commit(rows)
+        self._retire(evicted)
+        self.generations[rows] += 1
+        self._sampler.insert(rows, td_errors)
+        self.limiter.inserted(len(rows))
+        self.limiter.deleted(len(evicted))
+
+    def release(self, rows: Rows) -> None:
+        """Take back reserved rows that will never be committed, half-written or not."""
+        self.allocator.release(rows)
+
+    def draw(self, batch_size: int, num_spares: int) -> Sample:
+        """Draw with replacement and charge the limiter for `batch_size` samples."""
+        draws = self._sampler.draw(batch_size, self._rng, num_spares=num_spares)
+        self.limiter.sampled(batch_size)
+        return Sample(draws.rows, self.generations[draws.rows], draws.masses, draws.total, len(self))
+
+    def update_priorities(self, rows: Rows, generations: NDArray[np.int64], td_errors: NDArray[np.float64]) -> int:
+        """Set new priorities where the row still holds the item that was sampled; return how many did not.
+
+        Raises:
+            InvalidInput: a row out of range, a TD error that is not finite, or a table without priorities.
+        """
+        if len(rows) and not (rows.min() >= 0 and rows.max() < self.config.num_rows):
+            raise InvalidInput(f"rows must be in [0, {self.config.num_rows}), got {rows.min()}..{rows.max()}")
+        if not np.isfinite(td_errors).all():
+            raise InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
+        # Odd: a forged update must not make a row sampleable that is still being written.
+        fresh = (self.generations[rows] == generations) & (generations % 2 == 1)
+        num_stale = len(rows) - int(np.count_nonzero(fresh))
+        if num_stale:
+            rows, td_errors = rows[fresh], td_errors[fresh]
+        self._sampler.update(rows, td_errors)
+        self.num_stale_updates += num_stale
+        return num_stale
+
+    def clear(self) -> None:
+        """Forget all committed transitions; reservations and the limiter's inserts and samples stay."""
+        evicted = self.allocator.clear()
+        self._retire(evicted)
+        self.limiter.deleted(len(evicted))
+
+    def _retire(self, rows: Rows) -> None:
+        # Out of the sampler first, then the generation: a learner that gathered a row checks the generation
+        # afterwards, and the row is granted to a writer only after both.
+        if len(rows):
+            self._sampler.remove(rows)
+            self.generations[rows] += 1

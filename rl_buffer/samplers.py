@@ -1,0 +1,242 @@
+"""Samplers: which rows of a table a learner gets.
+
+A config is a plain value that travels in a table's description; `make_sampler` turns it into the state that
+the table's owner keeps, one thread at a time. A sampler knows row numbers and TD errors; not what rows hold, who
+wrote them or when. Clients import the configs and `importance_weights`, so nothing here imports Numba before
+`make_sampler` needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from rl_buffer.row_set import RowSet
+    from rl_buffer.sum_tree import SumTree
+
+# Within these no sum over a table overflows, and a live row never has the mass 0 of a removed one.
+_SMALLEST_MASS = 1e-200
+_LARGEST_MASS = 1e200
+
+
+class Uniform(msgspec.Struct, frozen=True, tag=True):
+    """Every item is as likely as any other."""
+
+
+class Prioritized(msgspec.Struct, frozen=True, tag=True):
+    """Items are drawn in proportion to (|TD error| + epsilon)^alpha.
+
+    Schaul et al. (2016), "Prioritized Experience Replay", equation 1 with proportional priorities.
+    """
+
+    alpha: float = 0.6  # 0 is uniform
+    epsilon: float = 1e-6  # keeps an item with TD error 0 in play
+
+    def __post_init__(self) -> None:
+        """Raise InvalidInput on values that give no distribution."""
+        if not 0.0 <= self.alpha < math.inf:
+            raise InvalidInput(f"alpha is {self.alpha}; expected a finite number >= 0, such as 0.6")
+        if not 0.0 < self.epsilon < math.inf:
+            raise InvalidInput(f"epsilon is {self.epsilon}; expected a finite number > 0, such as 1e-6")
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Rows drawn with replacement, and what it takes to weight them, all of one moment."""
+
+    rows: NDArray[np.int64]  # [N], the batch first, then the spares
+    masses: NDArray[np.float64]  # [N], each row was drawn with probability mass / total
+    total: float  # the mass of all items
+
+
+class Sampler(Protocol):
+    """The rows that can be drawn, and the distribution over them. Rows are [N] int64, contiguous.
+
+    A row out of range raises InvalidInput, and then nothing has changed.
+    """
+
+    @property
+    def num_items(self) -> int:
+        """Rows that can be drawn."""
+
+    def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
+        """Make rows sampleable.
+
+        Args:
+            rows: [N] int64.
+            td_errors: [N] float64, signed; where it is NaN, or None as a whole, the row gets the largest mass
+                among the live ones before this call (1.0 if there are none), so that it is drawn soon. A
+                sampler without priorities ignores it.
+
+        Raises:
+            InvalidInput: a TD error is infinite or its mass is too large. Nothing has changed.
+        """
+
+    def remove(self, rows: NDArray[np.int64]) -> None:
+        """Never draw these rows until they are inserted again; rows that are out already are passed over."""
+
+    def draw(self, num_draws: int, rng: np.random.Generator, num_spares: int = 0) -> Draws:
+        """Draw `num_draws` rows with replacement, and after them `num_spares` independent ones.
+
+        Raises:
+            InvalidInput: there is nothing to draw, or `num_draws` < 1.
+        """
+
+    def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
+        """Give live rows new priorities; of a row named twice the last one counts.
+
+        Raises:
+            InvalidInput: a TD error is not finite, a row is not live, or the sampler has no priorities.
+                Nothing has changed.
+        """
+
+
+class UniformSampler:
+    """A `Sampler` whose rows all have mass 1. Insertion and removal are O(1) a row, wherever it lies."""
+
+    def __init__(self, live: RowSet) -> None:
+        self._live = live
+
+    @property
+    def num_items(self) -> int:
+        """Rows that can be drawn."""
+        return len(self._live)
+
+    def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
+        """See `Sampler.insert`; TD errors are ignored."""
+        self._live.insert(rows)
+
+    def remove(self, rows: NDArray[np.int64]) -> None:
+        """See `Sampler.remove`."""
+        self._live.remove(rows)
+
+    def draw(self, num_draws: int, rng: np.random.Generator, num_spares: int = 0) -> Draws:
+        """See `Sampler.draw`."""
+        _check_drawable(num_draws, self.num_items)
+        places = rng.integers(self.num_items, size=num_draws + num_spares)
+        return Draws(self._live.members[places], np.ones(len(places)), float(self.num_items))
+
+    def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
+        """Refuse: see `Sampler.update`."""
+        raise InvalidInput("a uniform table has no priorities to update; give it sampler=Prioritized()")
+
+
+class PrioritizedSampler:
+    """A `Sampler` in proportion to mass = (|TD error| + epsilon)^alpha. Every call is O(N log num_rows).
+
+    A row is live where its mass is above 0.
+    """
+
+    def __init__(self, config: Prioritized, tree: SumTree) -> None:
+        self._config = config
+        self._tree = tree
+
+    @property
+    def num_items(self) -> int:
+        """Rows that can be drawn."""
+        return self._tree.num_live
+
+    def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
+        """See `Sampler.insert`."""
+        largest = self._tree.max or 1.0
+        if td_errors is None:
+            masses = np.full(rows.shape, largest)
+        else:
+            given = ~np.isnan(td_errors)
+            masses = np.where(given, self._masses(np.where(given, td_errors, 0.0)), largest)
+        self._tree.set(rows, masses)
+
+    def remove(self, rows: NDArray[np.int64]) -> None:
+        """See `Sampler.remove`."""
+        self._tree.set(rows, np.zeros(rows.shape))
+
+    def draw(self, num_draws: int, rng: np.random.Generator, num_spares: int = 0) -> Draws:
+        """See `Sampler.draw`. Draw i of the batch falls into the i-th of `num_draws` equal parts of the total.
+
+        Schaul et al. (2016), appendix B.2.1: rows are expected as often as without the parts, with less variance.
+        """
+        _check_drawable(num_draws, self.num_items)
+        total = self._tree.total
+        prefix = rng.random(num_draws + num_spares)
+        prefix[:num_draws] += np.arange(num_draws)
+        prefix[:num_draws] /= num_draws
+        prefix *= total
+        return Draws(*self._tree.find(prefix), total)
+
+    def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
+        """See `Sampler.update`."""
+        masses = self._masses(td_errors)
+        dead = self._tree.get(rows) == 0.0
+        if dead.any():
+            raise InvalidInput(f"row {rows[dead.argmax()]} at position {dead.argmax()} is not live; drop stale rows")
+        self._tree.set(rows, masses)
+
+    def masses_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The masses of rows ([N] int64) as [N] float64; 0.0 where a row cannot be drawn."""
+        return self._tree.get(rows)
+
+    def _masses(self, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
+        finite = np.isfinite(td_errors)
+        if not finite.all():
+            position = int(finite.argmin())
+            raise InvalidInput(f"TD error {td_errors[position]} at position {position}; expected a finite number")
+        with np.errstate(over="ignore"):
+            masses = (np.abs(td_errors) + self._config.epsilon) ** self._config.alpha
+        if masses.max(initial=0.0) > _LARGEST_MASS:
+            position = int(masses.argmax())
+            raise InvalidInput(
+                f"TD error {td_errors[position]} at position {position} has mass {masses[position]} at alpha "
+                f"{self._config.alpha}; expected at most {_LARGEST_MASS}"
+            )
+        return np.maximum(masses, _SMALLEST_MASS)
+
+
+def _check_drawable(num_draws: int, num_items: int) -> None:
+    if num_draws < 1:
+        raise InvalidInput(f"num_draws is {num_draws}; expected at least 1")
+    if num_items == 0:
+        raise InvalidInput("the table is empty, so there is nothing to draw")
+
+
+def make_sampler(config: Uniform | Prioritized, num_rows: int) -> UniformSampler | PrioritizedSampler:
+    """The empty sampler that `config` describes, for rows 0 <= row < num_rows."""
+    # Imported here: Numba costs an actor, which only names a config, tens of MB.
+    if isinstance(config, Uniform):
+        from rl_buffer.row_set import RowSet
+
+        return UniformSampler(RowSet(num_rows))
+    from rl_buffer.sum_tree import SumTree
+
+    return PrioritizedSampler(config, SumTree(num_rows))
+
+
+def importance_weights(masses: NDArray[np.float64], total: float, num_items: int, beta: float) -> NDArray[np.float32]:
+    """Weights that undo a prioritized draw's bias: w = (num_items * mass / total)^-beta, over their maximum.
+
+    Schaul et al. (2016), section 3.4. The maximum is that of the batch.
+
+    Args:
+        masses: [N] float64 > 0, of the drawn rows.
+        total: the mass of all items at the draw.
+        num_items: items at the draw.
+        beta: 0 leaves the bias, 1 undoes all of it.
+
+    Returns:
+        [N] float32, 0 < w <= 1.
+
+    Raises:
+        InvalidInput: `beta` is negative or not finite.
+    """
+    if not 0.0 <= beta < math.inf:
+        raise InvalidInput(f"beta is {beta}; expected a finite number >= 0, commonly 0.4 growing to 1.0")
+    weights = (num_items * masses / total) ** -beta
+    normalized: NDArray[np.float32] = (weights / weights.max()).astype(np.float32)
+    return normalized

@@ -1,0 +1,425 @@
+"""The server's decisions without its sockets: sessions, writers, samplers, and who may go on.
+
+`handle(channel_id, frame, now)` is the only way in for messages; it returns what to send. Clock, randomness and
+memory are passed in, so that a simulator can drive exactly this code. The loop around it is in `server_loop`.
+
+A writer and the server keep the same queue of reserved rows. The writer fills rows from the front and commits a
+count; the server appends the next rows behind the acknowledgement. A commit that the limiter holds back waits
+here, unacknowledged, with its rows still reserved.
+
+    attached --end of file--> quarantined --process exit--> gone: rows freed
+        |                                                     ^
+        +---------------------process exit--------------------+
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from rl_buffer import messages
+from rl_buffer.allocator import Rows
+from rl_buffer.errors import InvalidInput
+from rl_buffer.messages import Batch, Commit, Envelope, Grant, ReplyEnvelope
+from rl_buffer.parameter_slots import ParameterSlots
+from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.stats_tracker import StatsTracker
+from rl_buffer.tables import StatsConfig
+
+MAX_SESSIONS = 1024
+MAX_CHANNELS_PER_SESSION = 256
+MAX_CREDITS = 64
+
+Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
+_NO_ROWS = np.empty(0, np.int64)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One attached client process."""
+
+    token: bytes
+    name: str
+    pid: int
+    attached_at_s: float
+    connected: bool = True
+    channels: "dict[bytes, WriterChannel | SamplerChannel]" = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class WriterChannel:
+    """A writer: the rows that it holds, oldest first, and the commits that wait among them."""
+
+    channel_id: bytes
+    session: Session
+    table: "ServedTable"
+    rows: Rows = field(default_factory=lambda: _NO_ROWS)
+    num_rows_pending: int = 0  # of `rows`, the first this many belong to commits that wait for the limiter
+    num_wanted: int = 0  # rows that it will get as soon as there are some
+    sequence_received: int = 0
+    sequence_committed: int = 0
+    num_inserts: int = 0
+    parameter_version: int = 0
+    closing: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class SamplerChannel:
+    """A sampler: leave to send it `num_credits` batches."""
+
+    channel_id: bytes
+    session: Session
+    table: "ServedTable"
+    batch_size: int
+    num_credits: int = 0
+    num_samples: int = 0
+
+    @property
+    def num_spares(self) -> int:
+        """Extra draws per batch, for rows that are overwritten between grant and gather."""
+        return 4 + self.batch_size // 16
+
+
+class ServedTable:
+    """A table with those who wait for it. All queues are first come, first served."""
+
+    def __init__(self, name: str, state: ReplayTableState) -> None:
+        self.name = name
+        self.state = state
+        self.pending: deque[tuple[WriterChannel, Commit]] = deque()  # commits that the limiter holds back
+        self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
+        self.samplers: deque[SamplerChannel] = deque()  # round robin
+        self.num_overtaken = 0
+
+
+class ServerCore:
+    """All tables, sessions and parameter sets of one server epoch."""
+
+    def __init__(self, epoch: int, tables: dict[str, ReplayTableState], stats: StatsConfig) -> None:
+        self.epoch = epoch
+        self.tables = {name: ServedTable(name, state) for name, state in tables.items()}
+        self.stats = StatsTracker(1, stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys)
+        self.parameters: dict[str, ParameterSlots] = {}
+        self.sessions: dict[bytes, Session] = {}
+        self.num_messages = 0
+        self.num_refused = 0
+        self.last_refusal = ""
+
+    # ---- sessions ------------------------------------------------------------------------------------------
+
+    def attach(self, token: bytes, name: str, pid: int, now_s: float) -> None:
+        """Let a client in.
+
+        Raises:
+            InvalidInput: too many clients.
+        """
+        if len(self.sessions) >= MAX_SESSIONS:
+            raise InvalidInput(f"{MAX_SESSIONS} clients are attached, which is the limit")
+        self.sessions[token] = Session(token, name, pid, now_s)
+
+    def disconnected(self, token: bytes) -> None:
+        """Quarantine: the connection is gone, but the process may still be writing into its rows."""
+        if token in self.sessions:
+            self.sessions[token].connected = False
+
+    def exited(self, token: bytes) -> Outgoing:
+        """The client's process is gone for certain: free its rows, forget its unacknowledged commits."""
+        session = self.sessions.pop(token, None)
+        if session is None:
+            return []
+        touched = {channel.table.name: channel.table for channel in session.channels.values()}
+        for channel in list(session.channels.values()):
+            self._drop(channel)
+        for slots in self.parameters.values():
+            slots.release(token)
+        return [message for table in touched.values() for message in self._advance(table)]
+
+    def _drop(self, channel: WriterChannel | SamplerChannel) -> None:
+        table = channel.table
+        del channel.session.channels[channel.channel_id]
+        if isinstance(channel, SamplerChannel):
+            table.samplers.remove(channel)
+            return
+        table.pending = deque(entry for entry in table.pending if entry[0] is not channel)
+        if channel in table.wanting:
+            table.wanting.remove(channel)
+        table.state.release(channel.rows)
+
+    # ---- messages ------------------------------------------------------------------------------------------
+
+    def handle(self, channel_id: bytes, frame: bytes, now_s: float) -> Outgoing:
+        """Act on one frame, or refuse it whole; never raises for what a client sent."""
+        self.num_messages += 1
+        kind = messages.kind_of(frame)
+        try:
+            session = self.sessions.get(channel_id[: messages.TOKEN_NBYTES])
+            if session is None or len(channel_id) != messages.CHANNEL_ID_NBYTES:
+                raise InvalidInput("this sender is not attached to this server; connect again")
+            if kind == messages.COMMIT:
+                return self._commit(session, channel_id, frame)
+            if kind == messages.CREDIT:
+                return self._credit(session, channel_id, frame)
+            if kind == messages.CONTROL:
+                return self._control(session, channel_id, frame, now_s)
+            raise InvalidInput(f"unknown message kind {kind}")
+        except InvalidInput as error:
+            self.num_refused += 1
+            self.last_refusal = str(error)
+            return [(channel_id, messages.encode_refusal(self.epoch, str(error)))]
+
+    def _commit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
+        writer = session.channels.get(channel_id)
+        if not isinstance(writer, WriterChannel):
+            raise InvalidInput("commit on a channel that is not a writer")
+        commit = messages.decode_commit(frame)
+        self._check_epoch(commit.epoch)
+        state = writer.table.state
+        num_held = len(writer.rows) - writer.num_rows_pending
+        if commit.sequence != writer.sequence_received + 1:
+            raise InvalidInput(f"commit {commit.sequence} is not the next; expected {writer.sequence_received + 1}")
+        if commit.num_rows > num_held:
+            raise InvalidInput(f"commit of {commit.num_rows} rows, but the writer holds {num_held}")
+        if commit.num_wanted > commit.num_rows:  # so that it never holds more than it asked for at first
+            raise InvalidInput(f"commit of {commit.num_rows} rows wants {commit.num_wanted}, more than it gives back")
+        if commit.td_errors is not None and np.isinf(commit.td_errors).any():
+            raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
+        state.limiter.check_insert_possible(commit.num_rows)
+        self.stats.record(commit.episodes)  # last check: it refuses bad episodes before it changes anything
+        writer.sequence_received = commit.sequence
+        writer.num_rows_pending += commit.num_rows
+        writer.parameter_version = commit.parameter_version
+        writer.table.pending.append((writer, commit))
+        return self._advance(writer.table)
+
+    def _credit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
+        sampler = session.channels.get(channel_id)
+        if not isinstance(sampler, SamplerChannel):
+            raise InvalidInput("credit on a channel that is not a sampler")
+        credit = messages.decode_credit(frame)
+        self._check_epoch(credit.epoch)
+        if sampler.num_credits + credit.num_credits > MAX_CREDITS:
+            raise InvalidInput(f"{sampler.num_credits} + {credit.num_credits} credits exceed the limit {MAX_CREDITS}")
+        if len(credit.rows):
+            sampler.table.state.update_priorities(credit.rows, credit.generations, credit.td_errors)
+        sampler.num_credits += credit.num_credits
+        sampler.table.num_overtaken += credit.num_overtaken
+        return self._advance(sampler.table)
+
+    def _check_epoch(self, epoch: int) -> None:
+        if epoch != self.epoch:
+            raise InvalidInput(f"message of epoch {epoch:016x}, but this server is {self.epoch:016x}; connect again")
+
+    # ---- progress ------------------------------------------------------------------------------------------
+
+    def _advance(self, table: ServedTable) -> Outgoing:
+        """Let everybody go on who can: commits, then reservations, then batches, until nothing moves."""
+        outgoing: Outgoing = []
+        while self._publish_pending(table, outgoing) or self._grant_batches(table, outgoing):
+            pass
+        self._grant_rows(table, outgoing)
+        return outgoing
+
+    def _publish_pending(self, table: ServedTable, outgoing: Outgoing) -> bool:
+        state, moved = table.state, False
+        while table.pending and state.limiter.can_insert(table.pending[0][1].num_rows):
+            writer, commit = table.pending.popleft()
+            rows, writer.rows = writer.rows[: commit.num_rows], writer.rows[commit.num_rows :]
+            writer.num_rows_pending -= commit.num_rows
+            state.commit(rows, commit.td_errors)
+            writer.sequence_committed = commit.sequence
+            writer.num_inserts += commit.num_rows
+            moved = True
+            if writer.closing:
+                if not writer.num_rows_pending:
+                    self._drop(writer)
+                continue
+            self._want(writer, commit.num_wanted)
+            # With rows behind it if there are any, so that the common case is one message.
+            granted = self._take_rows(writer) if writer.num_wanted and table.wanting[0] is writer else _NO_ROWS
+            outgoing.append((writer.channel_id, Grant(self.epoch, commit.sequence, granted).encode()))
+        return moved
+
+    def _want(self, writer: WriterChannel, num_rows: int) -> None:
+        if num_rows and not writer.num_wanted:
+            writer.table.wanting.append(writer)
+        writer.num_wanted += num_rows
+
+    def _take_rows(self, writer: WriterChannel) -> Rows:
+        """Rows for the writer at the head of the queue, or none while there are too few for all that it wants."""
+        allocator = writer.table.state.allocator
+        if writer.num_wanted > allocator.num_reservable:
+            return _NO_ROWS
+        rows = allocator.reserve(writer.num_wanted)
+        writer.rows = np.concatenate((writer.rows, rows))
+        writer.num_wanted = 0
+        writer.table.wanting.popleft()
+        return rows
+
+    def _grant_rows(self, table: ServedTable, outgoing: Outgoing) -> None:
+        while table.wanting:
+            writer = table.wanting[0]
+            rows = self._take_rows(writer)
+            if not len(rows):
+                return
+            outgoing.append((writer.channel_id, Grant(self.epoch, writer.sequence_committed, rows).encode()))
+
+    def _grant_batches(self, table: ServedTable, outgoing: Outgoing) -> bool:
+        state, moved = table.state, False
+        for _ in range(len(table.samplers)):
+            sampler = table.samplers[0]
+            table.samplers.rotate(-1)
+            if sampler.num_credits and len(state) and state.limiter.can_sample(sampler.batch_size):
+                sample = state.draw(sampler.batch_size, sampler.num_spares)
+                sampler.num_credits -= 1
+                sampler.num_samples += sampler.batch_size
+                outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
+                moved = True
+        return moved
+
+    # ---- control requests ----------------------------------------------------------------------------------
+
+    def _control(self, session: Session, channel_id: bytes, frame: bytes, now_s: float) -> Outgoing:
+        envelope = messages.decode_control_request(frame)
+        outgoing: Outgoing = []
+        try:
+            self._check_epoch(envelope.epoch)
+            reply = self._answer(session, envelope, now_s, outgoing)
+        except InvalidInput as error:
+            self.num_refused += 1
+            self.last_refusal = str(error)
+            reply = messages.Refused(str(error))
+        answer = messages.encode_control(ReplyEnvelope(envelope.request_id, self.epoch, reply))
+        return [(channel_id, answer), *outgoing]
+
+    def _answer(self, session: Session, envelope: Envelope, now_s: float, outgoing: Outgoing) -> messages.Reply:
+        match envelope.request:
+            case messages.OpenWriter(
+                channel=number, table=name, max_commit_rows=max_commit_rows, num_wanted=num_wanted
+            ):
+                table, channel_id = self._table(name), self._new_channel(session, number)
+                headroom = table.state.allocator.headroom
+                if not 1 <= max_commit_rows <= num_wanted <= headroom:
+                    raise InvalidInput(
+                        f"a writer of table {name!r} wants to hold {num_wanted} rows, but its headroom is "
+                        f"{headroom}; lower chunk_size or num_envs, or raise ReplayTable(headroom=)"
+                    )
+                table.state.limiter.check_insert_possible(max_commit_rows)
+                writer = WriterChannel(channel_id, session, table)
+                session.channels[channel_id] = writer
+                self._want(writer, num_wanted)
+                self._grant_rows(table, outgoing)
+                return messages.Opened()
+            case messages.OpenSampler(channel=number, table=name, batch_size=batch_size):
+                table, channel_id = self._table(name), self._new_channel(session, number)
+                sampler = SamplerChannel(channel_id, session, table, batch_size)
+                if not 1 <= batch_size + sampler.num_spares <= messages.MAX_ROWS_PER_MESSAGE:
+                    raise InvalidInput(
+                        f"batch_size must be in [1, {messages.MAX_ROWS_PER_MESSAGE * 15 // 16}], got {batch_size}"
+                    )
+                table.state.limiter.check_sample_possible(batch_size)
+                session.channels[channel_id] = sampler
+                table.samplers.append(sampler)
+                return messages.Opened()
+            case messages.CloseChannel(channel=number):
+                channel = session.channels.get(_channel_id(session, number))
+                if isinstance(channel, WriterChannel) and channel.num_rows_pending:
+                    channel.closing = True  # what it committed is published first
+                elif channel is not None:
+                    self._drop(channel)
+                    outgoing.extend(self._advance(channel.table))
+                return messages.Opened()
+            case messages.ReserveParameters(name=name):
+                slots = self._slots(name)
+                return messages.Slot(slots.reserve(session.token), slots.version)
+            case messages.PublishParameters(name=name, slot=slot):
+                return messages.Slot(slot, self._slots(name).publish(session.token, slot))
+            case messages.Clear(table=name):
+                table = self._table(name)
+                table.state.clear()
+                outgoing.extend(self._advance(table))
+                return messages.Opened()
+            case messages.GetSize(table=name):
+                return messages.Value(len(self._table(name).state))
+            case messages.GetInfo():
+                return messages.Value(self.info(now_s))
+            case messages.GetStats():
+                return messages.Value(self.stats.get_statistics())
+
+    def _table(self, name: str) -> ServedTable:
+        if name not in self.tables:
+            raise InvalidInput(f"no table is called {name!r}; this server has {sorted(self.tables)}")
+        return self.tables[name]
+
+    def _slots(self, name: str) -> ParameterSlots:
+        if name not in self.parameters:
+            raise InvalidInput(f"no parameters are called {name!r}; this server has {sorted(self.parameters)}")
+        return self.parameters[name]
+
+    def _new_channel(self, session: Session, number: int) -> bytes:
+        channel_id = _channel_id(session, number)
+        if channel_id in session.channels:
+            raise InvalidInput(f"channel {number} is open already")
+        if len(session.channels) >= MAX_CHANNELS_PER_SESSION:
+            raise InvalidInput(f"a client can have {MAX_CHANNELS_PER_SESSION} writers and samplers, which are open")
+        return channel_id
+
+    # ---- seeing what goes on -------------------------------------------------------------------------------
+
+    def info(self, now_s: float) -> dict[str, Any]:
+        """Tables, clients and parameters in plain values; what `client.info()` returns."""
+        return {
+            "epoch": f"{self.epoch:016x}",
+            "num_messages": self.num_messages,
+            "num_refused": self.num_refused,
+            "last_refusal": self.last_refusal,
+            "tables": {name: self._table_info(table) for name, table in self.tables.items()},
+            "parameters": {name: slots.version for name, slots in self.parameters.items()},
+            "clients": [self._session_info(session, now_s) for session in self.sessions.values()],
+        }
+
+    def _table_info(self, table: ServedTable) -> dict[str, Any]:
+        state = table.state
+        waiting = [sampler for sampler in table.samplers if sampler.num_credits]
+        waits = []
+        if table.pending:
+            writer, commit = table.pending[0]
+            waits.append(f"{writer.session.name}: {state.limiter.explain_insert(commit.num_rows)}")
+        if table.wanting:
+            waits.append(
+                f"{table.wanting[0].session.name}: waits for rows, {state.allocator.num_reserved} of "
+                f"{state.allocator.headroom} are reserved by writers"
+            )
+        if waiting:
+            waits.append(f"{waiting[0].session.name}: {state.limiter.explain_sample(waiting[0].batch_size)}")
+        return {
+            "size": len(state),
+            "capacity": state.config.capacity,
+            "inserts": state.limiter.num_inserts,
+            "samples": state.limiter.num_samples,
+            "deletes": state.limiter.num_deletes,
+            "reserved_rows": state.allocator.num_reserved,
+            "stale_updates": state.num_stale_updates,
+            "overtaken_rows": table.num_overtaken,
+            "waits": waits,
+        }
+
+    def _session_info(self, session: Session, now_s: float) -> dict[str, Any]:
+        writers = [c for c in session.channels.values() if isinstance(c, WriterChannel)]
+        samplers = [c for c in session.channels.values() if isinstance(c, SamplerChannel)]
+        return {
+            "name": session.name,
+            "pid": session.pid,
+            "connected": session.connected,
+            "attached_s": now_s - session.attached_at_s,
+            "reserved_rows": sum(len(writer.rows) for writer in writers),
+            "inserts": sum(writer.num_inserts for writer in writers),
+            "samples": sum(sampler.num_samples for sampler in samplers),
+            "parameter_version": max((writer.parameter_version for writer in writers), default=0),
+        }
+
+
+def _channel_id(session: Session, number: int) -> bytes:
+    if not 0 <= number < 2**32:
+        raise InvalidInput(f"channel must be in [0, 2^32), got {number}")
+    return session.token + number.to_bytes(4, "little")

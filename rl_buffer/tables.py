@@ -1,0 +1,101 @@
+"""What a table is made of and what it gives: values that users write and that travel between processes.
+
+Plain values only. The bookkeeping that they describe is in `replay_table`.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.errors import InvalidInput
+from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
+from rl_buffer.samplers import Prioritized, Uniform
+from rl_buffer.spec import RowLayout, TransitionSpec
+
+_MAX_ROWS = 2**40  # 2^40 rows of one cache line are 64 TiB; also keeps row numbers exact in float64
+_DEFAULT_HEADROOM_SHARE = 16
+_DEFAULT_HEADROOM_MIN_ROWS = 4096
+
+
+class ReplayTable(msgspec.Struct, frozen=True):
+    """A ring of transitions in shared memory.
+
+    Args:
+        spec: what one transition holds.
+        capacity: committed transitions that the table keeps once full; the oldest commit is evicted first.
+        sampler: `Uniform()` or `Prioritized(alpha, epsilon)`.
+        rate_limiter: `MinSize(m)` or `SampleToInsertRatio(...)`.
+        n_step: reward steps per transition, >= 1; all writers of the table follow it.
+        gamma: discount factor in [0, 1].
+        seed: of the sampler; None draws one.
+        headroom: extra rows that writers may hold uncommitted, all together. None: a sixteenth of `capacity`,
+            at least 4096, at most `capacity`. A writer holds at most two chunks.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    spec: TransitionSpec
+    capacity: int
+    sampler: Uniform | Prioritized = Uniform()
+    rate_limiter: MinSize | SampleToInsertRatio = MinSize(1)
+    n_step: int = 1
+    gamma: float = 0.99
+    seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    headroom: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("capacity", 1, _MAX_ROWS), ("n_step", 1, 1024), ("gamma", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InvalidInput(f"ReplayTable {name} must be in [{low}, {high}], got {value!r}")
+        min_size = self.rate_limiter.min_size_to_sample
+        if min_size > self.capacity:
+            raise InvalidInput(
+                f"the rate limiter waits for {min_size} transitions, but capacity is {self.capacity}: "
+                "sampling could never start"
+            )
+        if self.headroom is None:
+            share = max(self.capacity // _DEFAULT_HEADROOM_SHARE, _DEFAULT_HEADROOM_MIN_ROWS)
+            msgspec.structs.force_setattr(self, "headroom", min(share, self.capacity))
+        elif not 1 <= self.headroom <= _MAX_ROWS:
+            raise InvalidInput(f"ReplayTable headroom must be in [1, {_MAX_ROWS}] rows or None, got {self.headroom!r}")
+
+    @property
+    def layout(self) -> RowLayout:
+        """How one transition lies in its row."""
+        return RowLayout(self.spec.transition_fields())
+
+    @property
+    def num_rows(self) -> int:
+        """Physical rows: capacity and headroom."""
+        assert self.headroom is not None
+        return self.capacity + self.headroom
+
+    @property
+    def rows_nbytes(self) -> int:
+        """Bytes of all rows."""
+        return self.num_rows * self.layout.stride_nbytes
+
+
+class StatsConfig(msgspec.Struct, frozen=True):
+    """The StatsTracker that the server merges all writers' episodes into, and that every writer keeps of its own."""
+
+    window: int = 100  # episodes that means look back on
+    category: str = "train"
+    extra_metrics_keys: tuple[str, ...] = ()
+    done_reason_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Drawn rows with what is needed to check them and to weigh them, all of one moment."""
+
+    rows: NDArray[np.int64]  # [B + spares]; the spares replace rows that are overtaken before they are gathered
+    generations: NDArray[np.int64]  # [B + spares]
+    masses: NDArray[np.float64]  # [B + spares] (|TD| + epsilon)^alpha, or ones
+    total_mass: float
+    num_items: int
