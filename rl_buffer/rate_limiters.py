@@ -8,7 +8,7 @@ pass, tells what it let pass, and keeps the waiting requests itself.
     num_deletes  evicted items
 
 Overwriting is an insert and a delete: it leaves the size as it is and still moves the cursor.
-Cassirer et al. (2021), "Reverb: A Framework for Experience Replay", section 3.4.
+Cassirer et al. (2021), "Reverb: A Framework for Experience Replay".
 """
 
 import math
@@ -98,13 +98,23 @@ class RateLimiter:
         """Draws that the items inserted so far have earned, less those granted."""
         return self.num_inserts * self._ratio - self.num_samples
 
-    def can_insert(self, num_items: int) -> bool:
-        """Whether a commit of `num_items` passes now."""
-        return (
-            self.size + num_items <= self._min_size
-            # Multiplied as one number, as in Reverb: adding to the cursor would round twice.
-            or (self.num_inserts + num_items) * self._ratio - self.num_samples <= self._max_diff
-        )
+    def num_insertable(self, num_items: int) -> int:
+        """How many of `num_items` committed together pass now, one after the other as Reverb inserts them.
+
+        Judged by the item and not by the commit: otherwise a commit across the minimum size, or one larger than the
+        room left, could wait for samples that wait for it.
+        """
+        if self._max_diff == math.inf:
+            return num_items
+        by_ratio = math.floor((self._max_diff + self.num_samples) / self._ratio) - self.num_inserts
+        # The quotient is rounded; the rule itself has the last word.
+        while by_ratio > 0 and not self._within_max_diff(by_ratio):
+            by_ratio -= 1
+        return min(num_items, max(0, self._min_size - self.size, by_ratio))
+
+    def _within_max_diff(self, num_items: int) -> bool:
+        # Multiplied as one number, as in Reverb: adding to the cursor would round twice.
+        return (self.num_inserts + num_items) * self._ratio - self.num_samples <= self._max_diff
 
     def can_sample(self, num_draws: int) -> bool:
         """Whether a grant of `num_draws` passes now."""
@@ -122,40 +132,26 @@ class RateLimiter:
         """Count items that left the table, by eviction or by `clear`."""
         self.num_deletes += num_items
 
-    def check_insert_possible(self, num_items: int) -> None:
-        """Refuse a commit that would wait for ever, whatever the learner draws.
-
-        Raises:
-            InvalidInput: it goes beyond the minimum size, and even from min_diff it would pass max_diff.
-        """
-        room = self._max_diff - self._min_diff
-        if self.size + num_items > self._min_size and num_items * self._ratio > room:
-            raise InvalidInput(
-                f"a commit of {num_items} items could never pass: {num_items} * {self._ratio} > {room} = "
-                f"max_diff - min_diff; commit at most {math.floor(room / self._ratio)} or widen error_buffer"
-            )
-
     def check_sample_possible(self, num_draws: int) -> None:
-        """Refuse a batch that would wait for ever, whatever the writers commit.
+        """Refuse a batch for which learner and writers could wait for each other for ever.
 
         Raises:
-            InvalidInput: even from max_diff it would pass min_diff.
+            InvalidInput: there is a cursor at which neither this batch nor one more item passes.
         """
         room = self._max_diff - self._min_diff
-        if num_draws > room:
+        if num_draws + self._ratio > room:
             raise InvalidInput(
-                f"a batch of {num_draws} draws could never pass: {num_draws} > {room} = max_diff - min_diff; "
-                f"sample at most {math.floor(room)} or widen error_buffer"
+                f"a batch of {num_draws} draws could wait for ever: {num_draws} + samples_per_insert {self._ratio} > "
+                f"{room} = max_diff - min_diff; sample at most {math.floor(room - self._ratio)} or widen error_buffer"
             )
 
     def explain_insert(self, num_items: int) -> str:
-        """One sentence on why a commit of `num_items`, which `can_insert` refuses, waits."""
-        waits = f"inserting waits: cursor {self.cursor} + {num_items} * {self._ratio} > {self._max_diff} = max_diff"
-        if self.size < self._min_size:
-            # Nobody can sample yet, so only a smaller commit helps.
-            return f"{waits}; commit the {self._min_size - self.size} items that sampling waits for first"
-        missing = math.ceil(self.cursor + num_items * self._ratio - self._max_diff)
-        return f"{waits}; the learner must sample {missing} more"
+        """One sentence on why some of `num_items` wait."""
+        missing = math.ceil((self.num_inserts + num_items) * self._ratio - self.num_samples - self._max_diff)
+        return (
+            f"inserting waits: cursor {self.cursor} + {num_items} * {self._ratio} > {self._max_diff} = max_diff; "
+            f"the learner must sample {missing} more"
+        )
 
     def explain_sample(self, num_draws: int) -> str:
         """One sentence on why a batch of `num_draws`, which `can_sample` refuses, waits."""

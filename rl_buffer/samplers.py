@@ -138,6 +138,8 @@ class PrioritizedSampler:
     def __init__(self, config: Prioritized, tree: SumTree) -> None:
         self._config = config
         self._tree = tree
+        # The magnitude that _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float.
+        self._largest_magnitude = _LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0))
 
     @property
     def num_items(self) -> int:
@@ -150,8 +152,9 @@ class PrioritizedSampler:
         if td_errors is None:
             masses = np.full(rows.shape, largest)
         else:
-            given = ~np.isnan(td_errors)
-            masses = np.where(given, self._masses(np.where(given, td_errors, 0.0)), largest)
+            missing = np.isnan(td_errors)
+            masses = self._masses(np.where(missing, 0.0, td_errors))
+            masses[missing] = largest
         self._tree.set(rows, masses)
 
     def remove(self, rows: NDArray[np.int64]) -> None:
@@ -184,19 +187,15 @@ class PrioritizedSampler:
         return self._tree.get(rows)
 
     def _masses(self, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
-        finite = np.isfinite(td_errors)
-        if not finite.all():
-            position = int(finite.argmin())
-            raise InvalidInput(f"TD error {td_errors[position]} at position {position}; expected a finite number")
-        with np.errstate(over="ignore"):
-            masses = (np.abs(td_errors) + self._config.epsilon) ** self._config.alpha
-        if masses.max(initial=0.0) > _LARGEST_MASS:
-            position = int(masses.argmax())
+        magnitudes = np.abs(td_errors) + self._config.epsilon
+        # Also False for NaN, which max() hands on.
+        if not magnitudes.max(initial=0.0) <= self._largest_magnitude:
+            position = int(np.flatnonzero(~(magnitudes <= self._largest_magnitude))[0])
             raise InvalidInput(
-                f"TD error {td_errors[position]} at position {position} has mass {masses[position]} at alpha "
-                f"{self._config.alpha}; expected at most {_LARGEST_MASS}"
+                f"TD error {td_errors[position]} at position {position}; expected a finite number of at most "
+                f"{self._largest_magnitude:.3g} at alpha {self._config.alpha}"
             )
-        return np.maximum(masses, _SMALLEST_MASS)
+        return np.maximum(magnitudes**self._config.alpha, _SMALLEST_MASS)
 
 
 def _check_drawable(num_draws: int, num_items: int) -> None:

@@ -5,7 +5,7 @@ memory are passed in, so that a simulator can drive exactly this code. The loop 
 
 A writer and the server keep the same queue of reserved rows. The writer fills rows from the front and commits a
 count; the server appends the next rows behind the acknowledgement. A commit that the limiter holds back waits
-here, unacknowledged, with its rows still reserved.
+here, unacknowledged, with the rows that did not pass still reserved.
 
     attached --end of file--> quarantined --process exit--> gone: rows freed
         |                                                     ^
@@ -81,13 +81,22 @@ class SamplerChannel:
         return 4 + self.batch_size // 16
 
 
+@dataclass(slots=True, eq=False)
+class PendingCommit:
+    """A commit that the limiter lets pass only in part, or not yet."""
+
+    writer: WriterChannel
+    commit: Commit
+    num_published: int = 0
+
+
 class ServedTable:
     """A table with those who wait for it. All queues are first come, first served."""
 
     def __init__(self, name: str, state: ReplayTableState) -> None:
         self.name = name
         self.state = state
-        self.pending: deque[tuple[WriterChannel, Commit]] = deque()  # commits that the limiter holds back
+        self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
         self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
         self.samplers: deque[SamplerChannel] = deque()  # round robin
         self.num_overtaken = 0
@@ -141,7 +150,7 @@ class ServerCore:
         if isinstance(channel, SamplerChannel):
             table.samplers.remove(channel)
             return
-        table.pending = deque(entry for entry in table.pending if entry[0] is not channel)
+        table.pending = deque(pending for pending in table.pending if pending.writer is not channel)
         if channel in table.wanting:
             table.wanting.remove(channel)
         table.state.release(channel.rows)
@@ -174,7 +183,6 @@ class ServerCore:
             raise InvalidInput("commit on a channel that is not a writer")
         commit = messages.decode_commit(frame)
         self._check_epoch(commit.epoch)
-        state = writer.table.state
         num_held = len(writer.rows) - writer.num_rows_pending
         if commit.sequence != writer.sequence_received + 1:
             raise InvalidInput(f"commit {commit.sequence} is not the next; expected {writer.sequence_received + 1}")
@@ -184,12 +192,11 @@ class ServerCore:
             raise InvalidInput(f"commit of {commit.num_rows} rows wants {commit.num_wanted}, more than it gives back")
         if commit.td_errors is not None and np.isinf(commit.td_errors).any():
             raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
-        state.limiter.check_insert_possible(commit.num_rows)
         self.stats.record(commit.episodes)  # last check: it refuses bad episodes before it changes anything
         writer.sequence_received = commit.sequence
         writer.num_rows_pending += commit.num_rows
         writer.parameter_version = commit.parameter_version
-        writer.table.pending.append((writer, commit))
+        writer.table.pending.append(PendingCommit(writer, commit))
         return self._advance(writer.table)
 
     def _credit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
@@ -221,24 +228,42 @@ class ServerCore:
         return outgoing
 
     def _publish_pending(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        state, moved = table.state, False
-        while table.pending and state.limiter.can_insert(table.pending[0][1].num_rows):
-            writer, commit = table.pending.popleft()
-            rows, writer.rows = writer.rows[: commit.num_rows], writer.rows[commit.num_rows :]
-            writer.num_rows_pending -= commit.num_rows
-            state.commit(rows, commit.td_errors)
-            writer.sequence_committed = commit.sequence
-            writer.num_inserts += commit.num_rows
-            moved = True
-            if writer.closing:
-                if not writer.num_rows_pending:
-                    self._drop(writer)
-                continue
-            self._want(writer, commit.num_wanted)
-            # With rows behind it if there are any, so that the common case is one message.
-            granted = self._take_rows(writer) if writer.num_wanted and table.wanting[0] is writer else _NO_ROWS
-            outgoing.append((writer.channel_id, Grant(self.epoch, commit.sequence, granted).encode()))
+        moved = False
+        while table.pending:
+            pending = table.pending[0]
+            num_left = pending.commit.num_rows - pending.num_published
+            num_passing = table.state.limiter.num_insertable(num_left)
+            if num_passing:
+                self._publish(pending, num_passing)
+                moved = True
+            if num_passing < num_left:
+                break
+            table.pending.popleft()
+            self._acknowledge(pending, outgoing)
         return moved
+
+    def _publish(self, pending: PendingCommit, num_rows: int) -> None:
+        writer, td_errors = pending.writer, pending.commit.td_errors
+        rows, writer.rows = writer.rows[:num_rows], writer.rows[num_rows:]
+        first, pending.num_published = pending.num_published, pending.num_published + num_rows
+        if td_errors is not None:
+            td_errors = td_errors[first : pending.num_published]
+        writer.table.state.commit(rows, td_errors)
+        writer.num_rows_pending -= num_rows
+        writer.num_inserts += num_rows
+
+    def _acknowledge(self, pending: PendingCommit, outgoing: Outgoing) -> None:
+        writer, commit = pending.writer, pending.commit
+        writer.sequence_committed = commit.sequence
+        if writer.closing:
+            if not writer.num_rows_pending:
+                self._drop(writer)
+            return
+        self._want(writer, commit.num_wanted)
+        # With rows behind it if there are any, so that the common case is one message.
+        is_first = bool(writer.num_wanted) and writer.table.wanting[0] is writer
+        granted = self._take_rows(writer) if is_first else _NO_ROWS
+        outgoing.append((writer.channel_id, Grant(self.epoch, commit.sequence, granted).encode()))
 
     def _want(self, writer: WriterChannel, num_rows: int) -> None:
         if num_rows and not writer.num_wanted:
@@ -304,7 +329,6 @@ class ServerCore:
                         f"a writer of table {name!r} wants to hold {num_wanted} rows, but its headroom is "
                         f"{headroom}; lower chunk_size or num_envs, or raise ReplayTable(headroom=)"
                     )
-                table.state.limiter.check_insert_possible(max_commit_rows)
                 writer = WriterChannel(channel_id, session, table)
                 session.channels[channel_id] = writer
                 self._want(writer, num_wanted)
@@ -383,8 +407,9 @@ class ServerCore:
         waiting = [sampler for sampler in table.samplers if sampler.num_credits]
         waits = []
         if table.pending:
-            writer, commit = table.pending[0]
-            waits.append(f"{writer.session.name}: {state.limiter.explain_insert(commit.num_rows)}")
+            pending = table.pending[0]
+            num_left = pending.commit.num_rows - pending.num_published
+            waits.append(f"{pending.writer.session.name}: {state.limiter.explain_insert(num_left)}")
         if table.wanting:
             waits.append(
                 f"{table.wanting[0].session.name}: waits for rows, {state.allocator.num_reserved} of "

@@ -71,8 +71,8 @@ class StatsTracker:
     ) -> None:
         if num_envs < 1 or window < 1:
             raise InvalidInput(f"num_envs and window must be at least 1, not {num_envs} and {window}")
-        keys = ["rewards", "lengths", "lifetime_rewards", *extra_metrics_keys]
-        keys += [f"Done/{reason}" for reason in done_reason_keys]
+        done_keys = [f"Done/{reason}" for reason in done_reason_keys]
+        keys = ["rewards", "lengths", "lifetime_rewards", *extra_metrics_keys, *done_keys]
         if len(set(keys)) != len(keys):
             raise InvalidInput(f"a key must differ from all others and from the built-in ones: {keys}")
         self.num_envs, self.window, self.category = num_envs, window, category
@@ -99,7 +99,8 @@ class StatsTracker:
     ) -> None:
         """Take one step of all environments; an episode ends where dones | truncateds.
 
-        All are (E,) or (E, 1), arrays or tensors on any device; for E = 1 scalars too.
+        Leave out `mask` and the mappings where there is nothing to say: that is the fast path of E = 1. All
+        are (E,) or (E, 1), arrays or tensors on any device; for E = 1 scalars too.
 
         Args:
             rewards: float, undiscounted.

@@ -17,9 +17,7 @@ def column(values, dtype=np.bool_):
     return np.array(values, dtype)[:, None]
 
 
-def windows_of(
-    rewards, *, terminated=(), truncated=(), resets=(), dummies=(), emitted=(), n_step, gamma, **options
-):
+def windows_of(rewards, *, terminated=(), truncated=(), resets=(), dummies=(), emitted=(), n_step, gamma, **options):
     """Assemble one environment; the flags are given as the steps at which they hold."""
     steps = np.arange(len(rewards))
     ends = np.isin(steps, [*terminated, *truncated])

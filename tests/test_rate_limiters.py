@@ -17,7 +17,7 @@ def test_min_size_never_holds_an_insert_back_and_samples_from_the_minimum_on():
     table = RateLimiter(MinSize(3))
     table.inserted(2)
     assert not table.can_sample(1)  # size 2
-    assert table.can_insert(10**9)
+    assert table.num_insertable(10**9) == 10**9
     table.inserted(1)
     assert table.can_sample(10**9)  # size 3
     table.deleted(1)
@@ -26,25 +26,23 @@ def test_min_size_never_holds_an_insert_back_and_samples_from_the_minimum_on():
 
 def test_inserts_pass_freely_up_to_the_minimum_size():
     table = limiter(min_size=10, error_buffer=(0.0, 16.0))  # max_diff 16 is below 10 * 8
-    assert table.can_insert(10)
-    assert not table.can_insert(11)  # 11 * 8 = 88 > 16
+    assert table.num_insertable(11) == 10  # 11 * 8 = 88 > 16
 
 
 def test_the_cursor_stays_between_its_bounds():
     table = limiter(samples_per_insert=2.0, min_size=4, error_buffer=5.0)  # 3 <= cursor <= 13
     table.inserted(4)
     assert table.cursor == 8.0
-    assert table.can_insert(2)  # 12
-    assert not table.can_insert(3)  # 14
+    assert table.num_insertable(9) == 2  # 12; the third would be 14
     assert table.can_sample(5)  # 3
     assert not table.can_sample(6)  # 2
     table.sampled(5)
     assert table.cursor == 3.0
     assert not table.can_sample(1)  # 2
-    assert table.can_insert(5)  # 13
+    assert table.num_insertable(9) == 5  # 13
     table.inserted(5)
     assert table.cursor == 13.0
-    assert not table.can_insert(1)  # 15
+    assert table.num_insertable(1) == 0  # 15
     assert table.can_sample(10)  # 3
 
 
@@ -61,8 +59,7 @@ def test_below_the_minimum_size_inserts_pass_whatever_the_cursor():
     table.inserted(6)  # cursor 12
     table.deleted(4)  # size 2, cursor 12
     assert not table.can_sample(1)  # size 2
-    assert table.can_insert(2)  # cursor 16 > 13, but size 4
-    assert not table.can_insert(3)
+    assert table.num_insertable(3) == 2  # cursor 16 > 13, but size 4
 
 
 def test_a_pair_is_the_bounds_themselves():
@@ -81,15 +78,15 @@ def test_no_sequence_of_granted_requests_leaves_the_bounds(ratio, min_size, slac
     min_diff, max_diff = config.bounds
     table = RateLimiter(config)
     for is_insert, n in requests:
-        if is_insert and table.can_insert(n):
-            table.inserted(n)
+        if is_insert:
+            table.inserted(table.num_insertable(n))
             assert table.size <= min_size or table.cursor <= max_diff
         elif not is_insert and table.can_sample(n):
             table.sampled(n)
             assert table.size >= min_size
             assert table.cursor >= min_diff
         # Requests of one, Reverb's only kind, never wait for each other.
-        assert table.can_insert(1) or table.can_sample(1)
+        assert table.num_insertable(1) or table.can_sample(1)
 
 
 @pytest.mark.parametrize(
@@ -121,26 +118,43 @@ def test_a_minimum_size_below_one_is_refused():
         MinSize(0)
 
 
-def test_a_commit_that_could_never_pass_is_refused_at_once():
-    table = limiter(samples_per_insert=8.0, min_size=10, error_buffer=100.0)  # room 200
-    table.check_insert_possible(10)  # within the minimum size
-    table.inserted(10)
-    table.check_insert_possible(25)  # 25 * 8 = 200
-    with pytest.raises(InvalidInput, match=r"26 \* 8.0 > 200.0 = max_diff - min_diff; commit at most 25"):
-        table.check_insert_possible(26)
+@given(st.floats(0.1, 32.0), st.integers(1, 50), st.floats(1.01, 4.0), st.integers(0, 99), st.integers(0, 999))
+def test_a_commit_passes_as_far_as_its_items_would_one_by_one(ratio, min_size, slack, num_items, num_samples):
+    config = SampleToInsertRatio(ratio, min_size, slack * max(1.0, ratio))
+    table = RateLimiter(config)
+    table.sampled(num_samples)
+    passing = table.num_insertable(num_items)
+    for _ in range(passing):
+        assert table.num_insertable(1) == 1
+        table.inserted(1)
+    assert passing == num_items or table.num_insertable(1) == 0
 
 
-def test_a_batch_that_could_never_pass_is_refused_at_once():
+def test_a_batch_that_learner_and_writers_could_both_wait_for_is_refused_at_once():
     table = limiter(error_buffer=100.0)
-    table.check_sample_possible(200)
-    with pytest.raises(InvalidInput, match=r"201 > 200.0 = max_diff - min_diff; sample at most 200"):
-        table.check_sample_possible(201)
+    table.check_sample_possible(192)
+    with pytest.raises(InvalidInput, match=r"193 \+ samples_per_insert 8.0 > 200.0 = .*; sample at most 192"):
+        table.check_sample_possible(193)
+
+
+@given(st.floats(0.1, 32.0), st.integers(1, 50), st.floats(1.01, 9.0), st.lists(st.booleans(), max_size=300))
+def test_somebody_can_always_go_on_with_a_batch_that_is_not_refused(ratio, min_size, slack, inserts):
+    table = RateLimiter(SampleToInsertRatio(ratio, min_size, slack * max(1.0, ratio)))
+    batch_size = math.floor(2 * slack * max(1.0, ratio) - ratio - 1e-9)
+    if batch_size < 1:
+        return
+    table.check_sample_possible(batch_size)
+    for is_insert in inserts:
+        if is_insert:
+            table.inserted(table.num_insertable(1))
+        elif table.can_sample(batch_size):
+            table.sampled(batch_size)
+        assert table.num_insertable(1) or table.can_sample(batch_size)
 
 
 def test_min_size_refuses_no_request():
     table = RateLimiter(MinSize())
     table.inserted(1)
-    table.check_insert_possible(10**9)
     table.check_sample_possible(10**9)
 
 
@@ -163,9 +177,9 @@ def test_what_the_explanation_asks_for_is_enough_and_nothing_less_is(ratio, n):
     table.inserted(100 + int(50 / ratio))
     missing = int(table.explain_insert(n).split()[-2])
     table.sampled(missing - 1)
-    assert not table.can_insert(n)
+    assert table.num_insertable(n) < n
     table.sampled(1)
-    assert table.can_insert(n)
+    assert table.num_insertable(n) == n
 
     table = limiter(ratio, 100, 60.0)
     table.inserted(100)
@@ -177,12 +191,12 @@ def test_what_the_explanation_asks_for_is_enough_and_nothing_less_is(ratio, n):
     assert table.can_sample(2 * n)
 
 
-def test_a_commit_across_the_minimum_size_is_told_to_come_in_parts():
+def test_a_commit_across_the_minimum_size_passes_as_far_as_sampling_needs():
     table = limiter(samples_per_insert=8.0, min_size=1000, error_buffer=100.0)
     table.inserted(990)  # cursor 7920, size 990: no sample can lower the cursor
-    assert not table.can_insert(64)  # 8432 > 8100
-    assert table.explain_insert(64).endswith("; commit the 10 items that sampling waits for first")
-    assert table.can_insert(10)
+    assert table.num_insertable(64) == 22  # size 1012, cursor 8096
+    table.inserted(22)
+    assert table.can_sample(100)
 
 
 @pytest.mark.parametrize(

@@ -349,9 +349,7 @@ EPISODES = st.builds(
 
 
 def tracker_of(episodes, window=5, **arguments):
-    tracker = StatsTracker(
-        window=window, extra_metrics_keys=["speed"], done_reason_keys=["fell"], **arguments
-    )
+    tracker = StatsTracker(window=window, extra_metrics_keys=["speed"], done_reason_keys=["fell"], **arguments)
     tracker.record(episodes)
     return tracker
 
@@ -391,9 +389,7 @@ def test_merged_moments_are_those_of_the_joined_numbers(streams, offset):
 
 
 def test_of_equal_sequence_numbers_that_of_the_later_tracker_comes_later():
-    merged = StatsTracker.merge(
-        [tracker_of([episode(1), episode(2)], 3), tracker_of([episode(3), episode(4)], 3)]
-    )
+    merged = StatsTracker.merge([tracker_of([episode(1), episode(2)], 3), tracker_of([episode(3), episode(4)], 3)])
     assert merged.get_raw_values()["rewards"] == [3.0, 2.0, 4.0]
 
 

@@ -1,0 +1,139 @@
+"""A crew of replay actors: starts them, watches them, and starts a new one where one ended."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from actors.environments import make_envs
+from actors.replay import Policy, run_replay_actor
+from rl_buffer.launch import ProcessGroup
+
+_PRELOAD = ("__main__", "torch", "gymnasium", "rl_buffer.client", "actors.crew", "learner.q_network")
+_FIRST_BACKOFF_S = 0.5
+_MAX_BACKOFF_S = 10.0
+_HEALTHY_S = 30.0  # an actor that lived this long starts over with the first backoff
+
+# (first parameters, epsilons of the actor's environments, seed) -> policy
+MakePolicy = Callable[[Mapping[str, torch.Tensor], NDArray[np.float64], int], Policy]
+
+
+class TooManyFailures(RuntimeError):
+    """An actor fails again and again; the message holds its last traceback."""
+
+
+@dataclass
+class CrewOptions:
+    """How many actors there are, and how they write."""
+
+    num_actors: int = 2
+    """Actor processes."""
+    envs_per_actor: int = 4
+    """Environments that each actor steps as one batch."""
+    chunk_size: int = 32
+    """Transitions per message to the server."""
+    refresh_steps: int = 25
+    """Vector steps between an actor's looks for newer parameters."""
+    max_failures: int = 5
+    """Starts of one actor that may fail in a row before the run ends."""
+
+
+@dataclass
+class _Post:
+    """One place in the crew, whoever holds it."""
+
+    number: int
+    failures: int = 0
+    started_at_s: float = 0.0
+    start_again_at_s: float | None = None
+
+
+@dataclass
+class ReplayCrew:
+    """Actors `first` .. `first + num_actors - 1` of a run with `len(epsilons)` environments in all.
+
+    A context manager; leaving it ends every actor.
+    """
+
+    address: str
+    env_id: str
+    options: CrewOptions
+    epsilons: NDArray[np.float64]  # of all environments of all actors
+    make_policy: MakePolicy
+    seed: int = 0
+    first: int = 0
+    timeout_s: float = 60.0
+    group: ProcessGroup = field(default_factory=lambda: ProcessGroup(preload=_PRELOAD))
+
+    def __post_init__(self) -> None:
+        numbers = range(self.first, self.first + self.options.num_actors)
+        self._posts = {f"actor-{number}": _Post(number) for number in numbers}
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Process ids by name."""
+        return self.group.pids
+
+    def start(self) -> None:
+        """Start everybody."""
+        for name in self._posts:
+            self._start(name)
+
+    def tend(self) -> Sequence[str]:
+        """Look after the crew; call it about once a second. Returns what happened, a line each.
+
+        Raises:
+            TooManyFailures: one actor failed `max_failures` times in a row.
+        """
+        news = []
+        now_s = time.monotonic()
+        for ended in self.group.reap():
+            post = self._posts[ended.name]
+            if ended.exit_code == 0:
+                news.append(f"{ended.name} ended: the server is gone")
+                continue
+            post.failures = 1 if now_s - post.started_at_s > _HEALTHY_S else post.failures + 1
+            if post.failures >= self.options.max_failures:
+                raise TooManyFailures(f"{ended}\nThis was failure {post.failures} in a row; the run ends.")
+            backoff_s = min(_MAX_BACKOFF_S, _FIRST_BACKOFF_S * 2 ** (post.failures - 1))
+            post.start_again_at_s = now_s + backoff_s
+            news.append(f"{ended}; a new one starts in {backoff_s:.1f} s")
+        for name, post in self._posts.items():
+            if post.start_again_at_s is not None and now_s >= post.start_again_at_s:
+                news.append(f"{name} started again as pid {self._start(name)}")
+        return news
+
+    def _start(self, name: str) -> int:
+        post, options = self._posts[name], self.options
+        post.started_at_s, post.start_again_at_s = time.monotonic(), None
+        first_env = post.number * options.envs_per_actor
+        epsilons = self.epsilons[first_env : first_env + options.envs_per_actor]
+        # A restarted actor gets other seeds, or it would play the same episodes again.
+        seed = self.seed * 1_000_003 + post.number * 1_009 + post.failures * 101
+        make_policy, env_id = self.make_policy, self.env_id
+        arguments = {
+            "name": name,
+            "seed": seed,
+            "chunk_size": options.chunk_size,
+            "refresh_steps": options.refresh_steps,
+            "timeout_s": self.timeout_s,
+        }
+        address = self.address
+        return self.group.start(
+            name,
+            lambda: run_replay_actor(
+                address,
+                lambda: make_envs(env_id, len(epsilons)),
+                lambda parameters: make_policy(parameters, epsilons, seed),
+                **arguments,
+            ),
+        )
+
+    def __enter__(self) -> "ReplayCrew":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.group.stop()

@@ -1,0 +1,94 @@
+"""One actor of off-policy training: step environments, write transitions, follow the learner's parameters."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from numpy.typing import NDArray
+
+import rl_buffer as rb
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a policy decided for E observations, and what it knows for initial priorities."""
+
+    actions: NDArray[Any]  # [E, *action_shape]
+    q_taken: NDArray[np.float32] | None = None  # [E] Q(obs, action)
+    state_values: NDArray[np.float32] | None = None  # [E] V(obs)
+
+
+class Policy(Protocol):
+    """What an actor needs of a policy."""
+
+    def load(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Take newer parameters."""
+
+    def decide(self, observations: NDArray[Any]) -> Decision:
+        """Choose actions for [E, *obs_shape]."""
+
+
+def run_replay_actor(
+    address: str,
+    make_envs: Callable[[], VectorEnv],
+    make_policy: Callable[[Mapping[str, torch.Tensor]], Policy],
+    *,
+    name: str,
+    table: str = "replay",
+    seed: int = 0,
+    chunk_size: int = 32,
+    refresh_steps: int = 25,
+    timeout_s: float = 60.0,
+) -> None:
+    """Write transitions until the server ends.
+
+    Args:
+        address: of the server.
+        make_envs: the actor's own vector environment; a lambda is fine.
+        make_policy: builds the policy from the first published parameters.
+        name: shown by the trainer and in `client.info()`.
+        table: to write to.
+        seed: of the environments.
+        chunk_size: transitions per commit.
+        refresh_steps: vector steps between looks for newer parameters.
+        timeout_s: deadline of each wait: for the server, the first parameters, and a table that takes no rows.
+    """
+    torch.set_num_threads(1)
+    client = rb.connect(address, timeout_s=timeout_s, name=name)
+    envs = make_envs()
+    version, parameters = client.parameters(timeout_s=timeout_s)
+    if parameters is None:
+        raise rb.DeadlineExceeded(f"{name}: no learner has published parameters at {address} within {timeout_s} s")
+    policy = make_policy(parameters)
+    writer = client.writer(table, envs=envs, chunk_size=chunk_size)
+    observations, _ = envs.reset(seed=seed)
+    step = 0
+    try:
+        while True:
+            if step % refresh_steps == 0:
+                version, parameters = client.parameters(newer_than=version)
+                if parameters is not None:
+                    policy.load(parameters)
+            decision = policy.decide(observations)
+            next_observations, rewards, terminations, truncations, infos = envs.step(decision.actions)
+            writer.add(
+                observations,
+                decision.actions,
+                rewards,
+                terminations | truncations,
+                next_observations,
+                truncations,
+                terminated=terminations,
+                q_taken=decision.q_taken,
+                state_value=decision.state_values,
+                infos=infos,
+            )
+            observations = next_observations
+            step += 1
+    except rb.ServerLost:
+        return  # the run is over
+    finally:
+        envs.close()

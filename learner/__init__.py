@@ -1,0 +1,1 @@
+"""Learners: one readable file per algorithm, and what they share."""

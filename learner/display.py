@@ -1,0 +1,97 @@
+"""One live display of a run, and plain lines where there is no terminal."""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+
+_LINE_EVERY_S = 5.0
+_NEWS_KEPT = 4
+
+
+class Display:
+    """Shows figures as they are handed in; computes none. A context manager."""
+
+    def __init__(self, title: str) -> None:
+        self.console = Console()
+        self._title = title
+        self._live = Live(console=self.console, auto_refresh=False, transient=False) if self._is_live else None
+        self._news: deque[str] = deque(maxlen=_NEWS_KEPT)
+        self._last_line_s = -_LINE_EVERY_S
+
+    @property
+    def _is_live(self) -> bool:
+        return self.console.is_terminal
+
+    def say(self, news: Sequence[str]) -> None:
+        """Keep messages in view: an actor ended, an evaluation was made."""
+        for line in news:
+            if self._live is None:
+                self.console.print(line, highlight=False, markup=False)
+            else:
+                self._news.extend(line.splitlines()[:1])
+
+    def update(self, row: Mapping[str, float], actors: Sequence[Mapping[str, Any]], waits: Sequence[str]) -> None:
+        """Show one row of metrics, the actors of `client.info()["clients"]`, and who waits."""
+        if self._live is not None:
+            self._live.update(self._panel(row, actors, waits), refresh=True)
+        elif time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
+            self._last_line_s = time.monotonic()
+            self.console.print(
+                f"{row['env_steps']:>9,.0f} env steps  {row['env_steps_per_s']:>7,.0f}/s  "
+                f"{row['updates']:>8,.0f} updates  {row['updates_per_s']:>6,.0f}/s  "
+                f"return {row['mean_return']:>8.1f}  {row['samples_per_insert']:.2f} samples/insert",
+                highlight=False,
+            )
+
+    def _panel(self, row: Mapping[str, float], actors: Sequence[Mapping[str, Any]], waits: Sequence[str]) -> Panel:
+        figures = Table.grid(padding=(0, 2))
+        for _ in range(3):
+            figures.add_column(style="cyan")
+            figures.add_column(justify="right")
+        cells = (
+            ("env steps", f"{row['env_steps']:,.0f}"),
+            ("updates", f"{row['updates']:,.0f}"),
+            ("mean return", f"{row['mean_return']:.1f}"),
+            ("env steps/s", f"{row['env_steps_per_s']:,.0f}"),
+            ("updates/s", f"{row['updates_per_s']:,.0f}"),
+            ("eval return", f"{row['eval_return']:.1f}"),
+            ("inserts/s", f"{row['env_steps_per_s']:,.0f}"),
+            ("samples/s", f"{row['samples_per_s']:,.0f}"),
+            ("loss", f"{row['loss']:.4g}"),
+            ("buffer fill", f"{100 * row['buffer_fill']:.1f} %"),
+            ("samples/insert", f"{row['samples_per_insert']:.2f}"),
+            ("mean Q", f"{row['mean_q']:.3g}"),
+            ("stale updates", f"{row['stale_updates']:,.0f}"),
+            ("overtaken rows", f"{row['overtaken_rows']:,.0f}"),
+            ("wall time", f"{row['wall_s']:.0f} s"),
+        )
+        for start in range(0, len(cells), 3):
+            figures.add_row(*(text for cell in cells[start : start + 3] for text in cell))
+        crew = Table(box=None, padding=(0, 2), pad_edge=False)
+        for heading in ("actor", "pid", "inserts", "rows held", "version lag"):
+            crew.add_column(heading, justify="left" if heading == "actor" else "right", style="dim")
+        for actor in actors:
+            crew.add_row(
+                actor["name"] if actor["connected"] else f"{actor['name']} (gone)",
+                str(actor["pid"]),
+                f"{actor['inserts']:,}",
+                str(actor["reserved_rows"]),
+                str(actor["version_lag"]),
+            )
+        notes = [f"[yellow]{wait}[/]" for wait in waits] + [f"[dim]{line}[/]" for line in self._news]
+        return Panel(Group(figures, "", crew, *notes), title=self._title, border_style="blue")
+
+    def __enter__(self) -> "Display":
+        if self._live is not None:
+            self._live.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.__exit__(None, None, None)

@@ -1,0 +1,170 @@
+"""What a run leaves behind in runs/NAME: configuration, metrics, policy, learner state, summary and curve.
+
+    config.json  metrics.csv  policy.safetensors  learner.safetensors + learner.json  summary.json  curve.png
+
+No pickle in any of them.
+"""
+
+import csv
+import os
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import torch
+from safetensors.torch import load_file, save_file
+
+_Config = TypeVar("_Config")
+RUNS = Path("runs")
+
+COLUMNS = (
+    "wall_s",
+    "env_steps",
+    "updates",
+    "inserts",
+    "samples",
+    "samples_per_insert",
+    "buffer_fill",
+    "env_steps_per_s",
+    "updates_per_s",
+    "samples_per_s",
+    "mean_return",
+    "eval_return",
+    "loss",
+    "mean_q",
+    "version_lag",
+    "stale_updates",
+    "overtaken_rows",
+)
+
+
+class RunDirectory:
+    """Files of one run. Each is replaced as a whole, so that a kill leaves the old or the new one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def new(cls, algo: str, env_id: str, seed: int, name: str | None) -> "RunDirectory":
+        """runs/NAME; by default algorithm, environment, seed and time.
+
+        Raises:
+            FileExistsError: NAME holds a run already.
+        """
+        moment = datetime.now().strftime("%Y%m%d-%H%M%S")
+        path = RUNS / (name or f"{algo}-{env_id}-{seed}-{moment}")
+        if (path / "config.json").exists():
+            raise FileExistsError(f"{path} holds a run already; choose another --name, or --resume {path}")
+        return cls(path)
+
+    def save_config(self, config: Any) -> None:
+        """Write the script's options."""
+        self._write("config.json", msgspec.json.format(msgspec.json.encode(asdict(config)), indent=2))
+
+    def load_config(self, config_type: type[_Config]) -> _Config:
+        """Read them.
+
+        Raises:
+            FileNotFoundError: no run is there.
+        """
+        file = self.path / "config.json"
+        if not file.exists():
+            raise FileNotFoundError(f"{self.path} holds no run (config.json is missing)")
+        return msgspec.json.decode(file.read_bytes(), type=config_type)
+
+    def append_metrics(self, row: Mapping[str, float]) -> None:
+        """Add a line to metrics.csv; missing columns stay empty."""
+        file = self.path / "metrics.csv"
+        new = not file.exists()
+        with file.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, COLUMNS)
+            if new:
+                writer.writeheader()
+            writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
+
+    def metrics(self) -> list[dict[str, float]]:
+        """All lines of metrics.csv, NaN where a column is empty."""
+        file = self.path / "metrics.csv"
+        if not file.exists():
+            return []
+        with file.open(newline="") as stream:
+            return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(stream)]
+
+    def save_policy(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """Write policy.safetensors."""
+        self._save_tensors("policy.safetensors", state_dict)
+
+    def load_policy(self) -> dict[str, torch.Tensor]:
+        """Read policy.safetensors.
+
+        Raises:
+            FileNotFoundError: the run has not saved one.
+        """
+        file = self.path / "policy.safetensors"
+        if not file.exists():
+            raise FileNotFoundError(f"{self.path} holds no policy (policy.safetensors is missing)")
+        return load_file(file)
+
+    def save_learner(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
+        """Write what `--resume` needs."""
+        self._save_tensors("learner.safetensors", tensors)
+        self._write("learner.json", msgspec.json.encode(counters))
+
+    def load_learner(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+        """Read it.
+
+        Raises:
+            FileNotFoundError: the run has not saved any.
+        """
+        tensors, counters = self.path / "learner.safetensors", self.path / "learner.json"
+        if not tensors.exists() or not counters.exists():
+            raise FileNotFoundError(f"{self.path} holds no learner state to resume (learner.safetensors is missing)")
+        return load_file(tensors), msgspec.json.decode(counters.read_bytes())
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        self._write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2))
+
+    def draw_curve(self, title: str, threshold: float | None) -> None:
+        """Draw curve.png: returns of actors and of greedy evaluations over env steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        rows = self.metrics()
+        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
+        steps = [row["env_steps"] for row in rows]
+        axes.plot(steps, [row["mean_return"] for row in rows], label="actors, exploring (mean of last 100 episodes)")
+        evaluated = [row for row in rows if row["eval_return"] == row["eval_return"]]
+        axes.plot(
+            [row["env_steps"] for row in evaluated],
+            [row["eval_return"] for row in evaluated],
+            marker="o",
+            markersize=3,
+            label="greedy evaluation (mean)",
+        )
+        if threshold is not None:
+            axes.axhline(threshold, color="grey", linestyle="--", linewidth=1, label=f"solved: {threshold:g}")
+        axes.set_xlabel("environment steps, all actors")
+        axes.set_ylabel("undiscounted return of an episode")
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="best", fontsize=8)
+        figure.tight_layout()
+        figure.savefig(self.path / "curve.png")
+        pyplot.close(figure)
+
+    def _save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        unfinished = self.path / f".{name}"
+        save_file({key: tensor.detach().cpu().clone() for key, tensor in tensors.items()}, unfinished)
+        os.replace(unfinished, self.path / name)
+
+    def _write(self, name: str, content: bytes) -> None:
+        unfinished = self.path / f".{name}"
+        unfinished.write_bytes(content)
+        os.replace(unfinished, self.path / name)
