@@ -77,6 +77,11 @@ class ReplayCrew:
         """Process ids by name."""
         return self.group.pids
 
+    @property
+    def is_at_work(self) -> bool:
+        """Whether anybody runs or is about to start."""
+        return bool(self.group.pids) or any(post.start_again_at_s is not None for post in self._posts.values())
+
     def start(self) -> None:
         """Start everybody."""
         for name in self._posts:

@@ -17,6 +17,9 @@ class QNetwork(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, hidden_sizes: Sequence[int], dueling: bool) -> None:
         super().__init__()
+        # Standardisation, part of the parameters that actors fetch: see `standardise`.
+        self.register_buffer("observation_mean", torch.zeros(num_inputs))
+        self.register_buffer("observation_scale", torch.ones(num_inputs))
         layers: list[nn.Module] = []
         for fan_in, fan_out in pairwise((num_inputs, *hidden_sizes)):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
@@ -37,9 +40,16 @@ class QNetwork(nn.Module):
         network.load_state_dict(dict(parameters))
         return network
 
+    def standardise(self, observations: Tensor) -> None:
+        """Take mean and standard deviation of [N, *obs_shape] for all inputs from now on."""
+        flat = observations.flatten(1).float()
+        self.observation_mean.copy_(flat.mean(0))
+        self.observation_scale.copy_(1 / flat.std(0).clamp_min(1e-3))
+
     def forward(self, observations: Tensor) -> Tensor:
         """Q-values [B, num_actions] of observations [B, *obs_shape]."""
-        features = self.trunk(observations.flatten(1).float())
+        inputs = (observations.flatten(1).float() - self.observation_mean) * self.observation_scale
+        features = self.trunk(inputs)
         advantages: Tensor = self.advantage(features)
         if self.value is None:
             return advantages
@@ -52,6 +62,11 @@ def apex_epsilons(num_envs: int, base: float = 0.4, exponent: float = 7.0) -> ND
     One environment alone gets epsilon_0 = base.
     """
     return base ** (1 + exponent * np.arange(num_envs) / max(1, num_envs - 1))
+
+
+def epsilon_greedy(parameters: Mapping[str, Tensor], epsilons: NDArray[np.float64], seed: int) -> "EpsilonGreedyPolicy":
+    """The policy of one actor, made from the first parameters that the learner published."""
+    return EpsilonGreedyPolicy(QNetwork.from_parameters(parameters), epsilons, seed)
 
 
 class EpsilonGreedyPolicy:

@@ -36,6 +36,7 @@ COLUMNS = (
     "loss",
     "mean_q",
     "version_lag",
+    "num_actors",
     "stale_updates",
     "overtaken_rows",
 )
@@ -46,7 +47,6 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.mkdir(parents=True, exist_ok=True)
 
     @classmethod
     def new(cls, algo: str, env_id: str, seed: int, name: str | None) -> "RunDirectory":
@@ -59,6 +59,7 @@ class RunDirectory:
         path = RUNS / (name or f"{algo}-{env_id}-{seed}-{moment}")
         if (path / "config.json").exists():
             raise FileExistsError(f"{path} holds a run already; choose another --name, or --resume {path}")
+        path.mkdir(parents=True, exist_ok=True)
         return cls(path)
 
     def save_config(self, config: Any) -> None:

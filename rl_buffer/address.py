@@ -77,8 +77,8 @@ class Address:
         """
         while True:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.check_private()
             try:
+                self.check_private()
                 fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             except FileNotFoundError:  # the last owner is just removing the directory
                 continue

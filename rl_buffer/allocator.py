@@ -100,9 +100,13 @@ class RowAllocator:
 
         The evicted rows are free from here on, so the caller must take them out of the sampler and bump their
         generations before it calls `reserve` again.
+
+        Raises:
+            InvalidInput: more rows than `capacity`. Nothing changes.
         """
-        num_evicted = max(0, self.num_committed + len(rows) - self.capacity)
-        evicted = self._committed.pop(min(num_evicted, self.num_committed))
+        if len(rows) > self.capacity:
+            raise InvalidInput(f"cannot commit {len(rows)} rows at once: capacity is {self.capacity}")
+        evicted = self._committed.pop(max(0, self.num_committed + len(rows) - self.capacity))
         self._committed.push(rows)
         self.num_reserved -= len(rows)
         self._free.push(evicted)

@@ -39,7 +39,7 @@ CONTROL, COMMIT, GRANT, CREDIT, BATCH, REFUSAL = range(1, 7)
 _HEAD = struct.Struct("<B3xIQ")
 _COMMIT = struct.Struct("<B3xIQQqII")
 _GRANT = struct.Struct("<B3xIQQ")
-_CREDIT = struct.Struct("<B3xIQIIQ")
+_CREDIT = struct.Struct("<B3xIQII")
 _BATCH = struct.Struct("<B3xIQQdI4x")
 
 
@@ -111,7 +111,7 @@ class Credit(NamedTuple):
 
     def encode(self) -> bytes:
         """One frame."""
-        head = _CREDIT.pack(CREDIT, len(self.rows), self.epoch, self.num_credits, 0, self.num_overtaken)
+        head = _CREDIT.pack(CREDIT, len(self.rows), self.epoch, self.num_credits, self.num_overtaken)
         if not len(self.rows):
             return head
         return b"".join((head, self.rows.tobytes(), self.generations.tobytes(), self.td_errors.tobytes()))
@@ -119,7 +119,7 @@ class Credit(NamedTuple):
 
 def decode_credit(frame: bytes) -> Credit:
     """Check and unpack; raises InvalidInput."""
-    _, count, epoch, num_credits, _, num_overtaken = _unpack(_CREDIT, frame)
+    _, count, epoch, num_credits, num_overtaken = _unpack(_CREDIT, frame)
     start, step = _CREDIT.size, 8 * count
     _check_length(frame, start + 3 * step)
     return Credit(

@@ -46,13 +46,28 @@ class ReplayTableState:
         Args:
             rows: [N] int64, reserved.
             td_errors: [N] float64 for initial priorities; NaN or None means the largest of the live ones.
+
+        Raises:
+            InvalidInput: more rows than `capacity`, or a TD error that is infinite or too large.
         """
+        if td_errors is not None:
+            self.check_td_errors(td_errors)
         evicted = self.allocator.commit(rows)
         self._retire(evicted)
         self.generations[rows] += 1
         self._sampler.insert(rows, td_errors)
         self.limiter.inserted(len(rows))
         self.limiter.deleted(len(evicted))
+
+    def check_td_errors(self, td_errors: NDArray[np.float64]) -> None:
+        """Refuse initial TD errors that `commit` would refuse, for a commit that waits before it is made.
+
+        Raises:
+            InvalidInput: one is infinite, or too large for the sampler.
+        """
+        if np.isinf(td_errors).any():
+            raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
+        self._sampler.check_insertable(td_errors)
 
     def release(self, rows: Rows) -> None:
         """Take back reserved rows that will never be committed, half-written or not."""

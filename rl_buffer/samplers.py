@@ -80,6 +80,9 @@ class Sampler(Protocol):
             InvalidInput: a TD error is infinite or its mass is too large. Nothing has changed.
         """
 
+    def check_insertable(self, td_errors: NDArray[np.float64]) -> None:
+        """Raise InvalidInput if `insert` would refuse these TD errors."""
+
     def remove(self, rows: NDArray[np.int64]) -> None:
         """Never draw these rows until they are inserted again; rows that are out already are passed over."""
 
@@ -113,6 +116,9 @@ class UniformSampler:
     def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
         """See `Sampler.insert`; TD errors are ignored."""
         self._live.insert(rows)
+
+    def check_insertable(self, td_errors: NDArray[np.float64]) -> None:
+        """See `Sampler.check_insertable`; TD errors are ignored."""
 
     def remove(self, rows: NDArray[np.int64]) -> None:
         """See `Sampler.remove`."""
@@ -156,6 +162,10 @@ class PrioritizedSampler:
             masses = self._masses(np.where(missing, 0.0, td_errors))
             masses[missing] = largest
         self._tree.set(rows, masses)
+
+    def check_insertable(self, td_errors: NDArray[np.float64]) -> None:
+        """See `Sampler.check_insertable`."""
+        self._masses(np.where(np.isnan(td_errors), 0.0, td_errors))
 
     def remove(self, rows: NDArray[np.int64]) -> None:
         """See `Sampler.remove`."""

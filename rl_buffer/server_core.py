@@ -30,6 +30,7 @@ from rl_buffer.tables import StatsConfig
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
 MAX_CREDITS = 64
+MAX_REASON_LENGTH = 1000  # a refusal may quote what a client sent, and `info` repeats the last one to everybody
 
 Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
 _NO_ROWS = np.empty(0, np.int64)
@@ -54,6 +55,7 @@ class WriterChannel:
     channel_id: bytes
     session: Session
     table: "ServedTable"
+    max_commit_rows: int
     rows: Rows = field(default_factory=lambda: _NO_ROWS)
     num_rows_pending: int = 0  # of `rows`, the first this many belong to commits that wait for the limiter
     num_wanted: int = 0  # rows that it will get as soon as there are some
@@ -98,7 +100,7 @@ class ServedTable:
         self.state = state
         self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
         self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
-        self.samplers: deque[SamplerChannel] = deque()  # round robin
+        self.samplers: deque[SamplerChannel] = deque()  # the one whose last batch is longest ago comes first
         self.num_overtaken = 0
 
 
@@ -151,9 +153,22 @@ class ServerCore:
             table.samplers.remove(channel)
             return
         table.pending = deque(pending for pending in table.pending if pending.writer is not channel)
-        if channel in table.wanting:
-            table.wanting.remove(channel)
-        table.state.release(channel.rows)
+        channel.num_rows_pending = 0
+        self._release_uncommitted(channel)
+
+    def _release_uncommitted(self, writer: WriterChannel) -> None:
+        if writer in writer.table.wanting:
+            writer.table.wanting.remove(writer)
+        writer.rows, unused = writer.rows[: writer.num_rows_pending], writer.rows[writer.num_rows_pending :]
+        writer.table.state.release(unused)
+
+    def _close(self, channel: WriterChannel | SamplerChannel) -> Outgoing:
+        if isinstance(channel, WriterChannel) and channel.num_rows_pending:
+            channel.closing = True  # what it committed is published first
+            self._release_uncommitted(channel)
+        else:
+            self._drop(channel)
+        return self._advance(channel.table)
 
     # ---- messages ------------------------------------------------------------------------------------------
 
@@ -173,14 +188,17 @@ class ServerCore:
                 return self._control(session, channel_id, frame, now_s)
             raise InvalidInput(f"unknown message kind {kind}")
         except InvalidInput as error:
-            self.num_refused += 1
-            self.last_refusal = str(error)
-            return [(channel_id, messages.encode_refusal(self.epoch, str(error)))]
+            return [(channel_id, messages.encode_refusal(self.epoch, self._refused(error)))]
+
+    def _refused(self, error: InvalidInput) -> str:
+        self.num_refused += 1
+        self.last_refusal = str(error)[:MAX_REASON_LENGTH]
+        return self.last_refusal
 
     def _commit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
         writer = session.channels.get(channel_id)
-        if not isinstance(writer, WriterChannel):
-            raise InvalidInput("commit on a channel that is not a writer")
+        if not isinstance(writer, WriterChannel) or writer.closing:
+            raise InvalidInput("commit on a channel that is not an open writer")
         commit = messages.decode_commit(frame)
         self._check_epoch(commit.epoch)
         num_held = len(writer.rows) - writer.num_rows_pending
@@ -188,10 +206,14 @@ class ServerCore:
             raise InvalidInput(f"commit {commit.sequence} is not the next; expected {writer.sequence_received + 1}")
         if commit.num_rows > num_held:
             raise InvalidInput(f"commit of {commit.num_rows} rows, but the writer holds {num_held}")
+        if commit.num_rows > writer.max_commit_rows:
+            raise InvalidInput(
+                f"commit of {commit.num_rows} rows, but the writer was opened for at most {writer.max_commit_rows}"
+            )
         if commit.num_wanted > commit.num_rows:  # so that it never holds more than it asked for at first
             raise InvalidInput(f"commit of {commit.num_rows} rows wants {commit.num_wanted}, more than it gives back")
-        if commit.td_errors is not None and np.isinf(commit.td_errors).any():
-            raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
+        if commit.td_errors is not None:
+            writer.table.state.check_td_errors(commit.td_errors)
         self.stats.record(commit.episodes)  # last check: it refuses bad episodes before it changes anything
         writer.sequence_received = commit.sequence
         writer.num_rows_pending += commit.num_rows
@@ -222,7 +244,7 @@ class ServerCore:
     def _advance(self, table: ServedTable) -> Outgoing:
         """Let everybody go on who can: commits, then reservations, then batches, until nothing moves."""
         outgoing: Outgoing = []
-        while self._publish_pending(table, outgoing) or self._grant_batches(table, outgoing):
+        while self._publish_pending(table, outgoing) or self._grant_batch(table, outgoing):
             pass
         self._grant_rows(table, outgoing)
         return outgoing
@@ -289,18 +311,19 @@ class ServerCore:
                 return
             outgoing.append((writer.channel_id, Grant(self.epoch, writer.sequence_committed, rows).encode()))
 
-    def _grant_batches(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        state, moved = table.state, False
-        for _ in range(len(table.samplers)):
-            sampler = table.samplers[0]
-            table.samplers.rotate(-1)
-            if sampler.num_credits and len(state) and state.limiter.can_sample(sampler.batch_size):
-                sample = state.draw(sampler.batch_size, sampler.num_spares)
-                sampler.num_credits -= 1
-                sampler.num_samples += sampler.batch_size
-                outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
-                moved = True
-        return moved
+    def _grant_batch(self, table: ServedTable, outgoing: Outgoing) -> bool:
+        state = table.state
+        # Nobody overtakes it, even with a smaller batch: one who took every sample at once would starve it.
+        sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
+        if sampler is None or not len(state) or not state.limiter.can_sample(sampler.batch_size):
+            return False
+        sample = state.draw(sampler.batch_size, sampler.num_spares)
+        sampler.num_credits -= 1
+        sampler.num_samples += sampler.batch_size
+        table.samplers.remove(sampler)
+        table.samplers.append(sampler)
+        outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
+        return True
 
     # ---- control requests ----------------------------------------------------------------------------------
 
@@ -311,9 +334,7 @@ class ServerCore:
             self._check_epoch(envelope.epoch)
             reply = self._answer(session, envelope, now_s, outgoing)
         except InvalidInput as error:
-            self.num_refused += 1
-            self.last_refusal = str(error)
-            reply = messages.Refused(str(error))
+            reply = messages.Refused(self._refused(error))
         answer = messages.encode_control(ReplyEnvelope(envelope.request_id, self.epoch, reply))
         return [(channel_id, answer), *outgoing]
 
@@ -329,7 +350,13 @@ class ServerCore:
                         f"a writer of table {name!r} wants to hold {num_wanted} rows, but its headroom is "
                         f"{headroom}; lower chunk_size or num_envs, or raise ReplayTable(headroom=)"
                     )
-                writer = WriterChannel(channel_id, session, table)
+                limit = min(table.state.config.capacity, messages.MAX_ROWS_PER_MESSAGE // 2)
+                if max_commit_rows > limit or num_wanted > messages.MAX_ROWS_PER_MESSAGE:
+                    raise InvalidInput(
+                        f"a writer of table {name!r} commits up to {max_commit_rows} rows at once, more than the "
+                        f"limit of {limit}; lower chunk_size or num_envs"
+                    )
+                writer = WriterChannel(channel_id, session, table, max_commit_rows)
                 session.channels[channel_id] = writer
                 self._want(writer, num_wanted)
                 self._grant_rows(table, outgoing)
@@ -337,7 +364,7 @@ class ServerCore:
             case messages.OpenSampler(channel=number, table=name, batch_size=batch_size):
                 table, channel_id = self._table(name), self._new_channel(session, number)
                 sampler = SamplerChannel(channel_id, session, table, batch_size)
-                if not 1 <= batch_size + sampler.num_spares <= messages.MAX_ROWS_PER_MESSAGE:
+                if batch_size < 1 or batch_size + sampler.num_spares > messages.MAX_ROWS_PER_MESSAGE:
                     raise InvalidInput(
                         f"batch_size must be in [1, {messages.MAX_ROWS_PER_MESSAGE * 15 // 16}], got {batch_size}"
                     )
@@ -347,11 +374,8 @@ class ServerCore:
                 return messages.Opened()
             case messages.CloseChannel(channel=number):
                 channel = session.channels.get(_channel_id(session, number))
-                if isinstance(channel, WriterChannel) and channel.num_rows_pending:
-                    channel.closing = True  # what it committed is published first
-                elif channel is not None:
-                    self._drop(channel)
-                    outgoing.extend(self._advance(channel.table))
+                if channel is not None:
+                    outgoing.extend(self._close(channel))
                 return messages.Opened()
             case messages.ReserveParameters(name=name):
                 slots = self._slots(name)
@@ -437,6 +461,8 @@ class ServerCore:
             "pid": session.pid,
             "connected": session.connected,
             "attached_s": now_s - session.attached_at_s,
+            "writers": len(writers),
+            "samplers": len(samplers),
             "reserved_rows": sum(len(writer.rows) for writer in writers),
             "inserts": sum(writer.num_inserts for writer in writers),
             "samples": sum(sampler.num_samples for sampler in samplers),

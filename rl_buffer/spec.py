@@ -6,7 +6,8 @@ from them, and that the server's hash pins down. Pure NumPy: no torch, no memory
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -19,6 +20,8 @@ from rl_buffer.errors import InvalidInput
 ROW_ALIGNMENT_NBYTES = 64  # one cache line: a row never shares one with the row of another writer
 PATH_SEPARATOR = "/"
 _KINDS_STORED = "biuf"  # bool, signed, unsigned, float: what both NumPy and torch have
+# Of any other string NumPy evaluates parts, and raises SyntaxError and worse; a client may have sent it.
+_PLAIN_DTYPE_NAME = re.compile(r"[<>=|]?\w+|\?", re.ASCII)
 
 ArrayTree: TypeAlias = Any  # an array, or a mapping from names to ArrayTrees
 
@@ -35,7 +38,7 @@ class Field(msgspec.Struct, frozen=True, array_like=True):
 
     def __post_init__(self) -> None:
         given: Any = self.shape
-        shape = (given,) if isinstance(given, int) else tuple(given)
+        shape = tuple(given) if isinstance(given, Iterable) else (given,)
         if any(not isinstance(n, int | np.integer) or n < 1 for n in shape):
             raise InvalidInput(f"Field shape must hold integers >= 1, got {self.shape!r}")
         msgspec.structs.force_setattr(self, "shape", tuple(int(n) for n in shape))
@@ -56,8 +59,9 @@ def dtype_name(dtype: Any) -> str:
     Raises:
         InvalidInput: not a bool, integer or float type.
     """
+    name: Any = dtype if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
     try:
-        known = np.dtype(str(dtype).removeprefix("torch.") if not isinstance(dtype, type) else dtype)
+        known = np.dtype(name if isinstance(name, type) or _PLAIN_DTYPE_NAME.fullmatch(name) else object)
     except TypeError:
         known = np.dtype(object)
     if known.kind not in _KINDS_STORED or known.itemsize > 8:

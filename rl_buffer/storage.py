@@ -38,7 +38,7 @@ class Segment:
         actual_nbytes = os.fstat(fd).st_size
         if actual_nbytes != nbytes:
             raise RLBufferError(f"shared memory has {actual_nbytes} bytes, the server promised {nbytes}")
-        if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SIZE_SEALS != _SIZE_SEALS:
+        if _seals(fd) & _SIZE_SEALS != _SIZE_SEALS:
             raise RLBufferError("shared memory is not sealed against resizing; it is not from this server")
         self.nbytes = nbytes
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
@@ -49,6 +49,13 @@ class Segment:
     def array(self, dtype: Any) -> NDArray[Any]:
         """The whole segment as a flat array."""
         return np.frombuffer(self.buffer, dtype)
+
+
+def _seals(fd: int) -> int:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:  # no memfd at all
+        return 0
 
 
 class OwnedSegment(Segment):
@@ -66,7 +73,9 @@ class OwnedSegment(Segment):
         Raises:
             NotEnoughMemory: the kernel cannot back all of it now. Nothing is kept.
         """
-        self.fd = os.memfd_create(f"rl_buffer:{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        # The kernel takes 249 bytes without a zero; a client chose the name of its parameters.
+        shown_name = f"rl_buffer:{ascii(name)[1:-1]:.200}"
+        self.fd = os.memfd_create(shown_name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(self.fd, nbytes)
             for start in range(0, nbytes, _RESERVE_STEP_NBYTES):

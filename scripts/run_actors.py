@@ -1,0 +1,68 @@
+"""Run actors against a server: they write transitions and follow the learner's parameters, until Ctrl-C or its end."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
+
+import tyro
+
+import rl_buffer as rb
+from actors.crew import CrewOptions, ReplayCrew, TooManyFailures
+from learner.q_network import apex_epsilons, epsilon_greedy
+from rl_buffer.address import default_address
+
+_NEWS_EVERY_S = 0.5
+
+
+@dataclass
+class RunActors:
+    """Options of the actors."""
+
+    connect: str = field(default_factory=default_address)
+    """Address of the server, as scripts/serve.py prints it."""
+    env: str = "CartPole-v1"
+    """Gymnasium environment; the same as the server's."""
+    crew: tyro.conf.OmitArgPrefixes[CrewOptions] = field(default_factory=CrewOptions)
+    first_actor: int = 0
+    """Number of the first actor, where several terminals share one run."""
+    total_actors: int | None = None
+    """Actors of the whole run, which spread the exploration rates; by default first_actor + num_actors."""
+    seed: int = 0
+    """Of environments and exploration."""
+    timeout_s: float = 60.0
+    """How long an actor waits for the server and for the learner's first parameters, in seconds."""
+
+
+def main(options: RunActors) -> None:
+    """Start the crew and tend it."""
+    total = options.total_actors or options.first_actor + options.crew.num_actors
+    crew = ReplayCrew(
+        options.connect,
+        options.env,
+        options.crew,
+        apex_epsilons(total * options.crew.envs_per_actor),
+        epsilon_greedy,
+        seed=options.seed,
+        first=options.first_actor,
+        timeout_s=options.timeout_s,
+    )
+    try:
+        with crew:
+            crew.start()
+            print(f"started {', '.join(f'{name} (pid {pid})' for name, pid in crew.pids.items())}", flush=True)
+            while crew.is_at_work:
+                time.sleep(_NEWS_EVERY_S)
+                for line in crew.tend():
+                    print(line, flush=True)
+            print("the run is over")
+    except KeyboardInterrupt:
+        print("stopped")
+    except (rb.RLBufferError, TooManyFailures) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RunActors, description=__doc__))

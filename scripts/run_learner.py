@@ -1,0 +1,61 @@
+"""Run the Ape-X DQN learner against a server; actors connect from elsewhere (scripts/run_actors.py)."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
+
+import tyro
+
+import rl_buffer as rb
+from learner.apex_dqn import LearnerOptions, train
+from learner.display import Display
+from learner.run_directory import RunDirectory
+from rl_buffer.address import default_address
+
+
+@dataclass
+class RunLearner:
+    """Options of the learner."""
+
+    connect: str = field(default_factory=default_address)
+    """Address of the server, as scripts/serve.py prints it."""
+    env: str = "CartPole-v1"
+    """Gymnasium environment; the same as the server's."""
+    learner: tyro.conf.OmitArgPrefixes[LearnerOptions] = field(default_factory=LearnerOptions)
+    seed: int = 0
+    """Of the network."""
+    name: str | None = None
+    """Directory below runs/; by default made of algorithm, environment, seed and time."""
+    resume: Path | None = None
+    """Continue network, optimizer, counters and random state of this run, e.g. runs/NAME."""
+
+
+def main(options: RunLearner) -> None:
+    """Learn until the run is over."""
+    try:
+        if options.resume is None:
+            run = RunDirectory.new("apex_dqn", options.env, options.seed, options.name)
+            run.save_config(options)
+        else:
+            run = RunDirectory(options.resume)
+        with Display(f"Ape-X DQN learner: {options.env}") as display:
+            summary = train(
+                options.learner,
+                options.env,
+                options.seed,
+                options.connect,
+                run,
+                display,
+                resume=options.resume is not None,
+            )
+        print(f"{summary['stopped_by']}: greedy return {summary['eval_return']:.1f}; see {run.path}/")
+    except KeyboardInterrupt:
+        print("stopped")
+    except (rb.RLBufferError, OSError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(RunLearner, description=__doc__))

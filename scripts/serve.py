@@ -1,0 +1,51 @@
+"""Serve a replay table for one environment until Ctrl-C. Actors and learner connect to the address that it prints."""
+
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
+
+import tyro
+
+import rl_buffer as rb
+from actors.environments import transition_spec
+from learner.apex_dqn import TABLE, TableOptions, apex_table
+from rl_buffer.address import default_address
+
+
+@dataclass
+class Serve:
+    """Options of the server."""
+
+    env: str = "CartPole-v1"
+    """Gymnasium environment whose transitions are stored."""
+    address: str = field(default_factory=default_address)
+    """Where to listen: ipc:// and a directory, which is made private."""
+    seed: int = 0
+    """Of the sampler."""
+    table: tyro.conf.OmitArgPrefixes[TableOptions] = field(default_factory=TableOptions)
+
+
+def main(options: Serve) -> None:
+    """Start the server, say where it is, and watch it."""
+    table = apex_table(options.table, transition_spec(options.env), options.seed)
+    server = rb.BufferServer({TABLE: table}, options.address)
+    print(
+        f"reserving {table.rows_nbytes / 2**20:,.0f} MiB for {table.num_rows:,} rows of {table.layout.stride_nbytes} B"
+    )
+    try:
+        with server:
+            print(f"serving {options.env} at {server.address} (pid {server.pid}); Ctrl-C ends it", flush=True)
+            while server.is_alive():
+                time.sleep(0.2)
+            sys.exit("the server process ended; see above for its error")
+    except KeyboardInterrupt:
+        print("stopped")
+    except rb.RLBufferError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Serve, description=__doc__))

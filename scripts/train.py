@@ -1,0 +1,86 @@
+"""Train Ape-X DQN, all in one: a server, actors and the learner on this machine.
+
+uv run scripts/train.py                            CartPole-v1 until it is solved
+uv run scripts/train.py --env Acrobot-v1 --num-actors 4
+uv run scripts/train.py --resume runs/NAME         go on where a run stopped
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
+
+import tyro
+
+import rl_buffer as rb
+from actors.crew import CrewOptions, ReplayCrew, TooManyFailures
+from actors.environments import transition_spec
+from learner.apex_dqn import TABLE, LearnerOptions, TableOptions, apex_table, train
+from learner.display import Display
+from learner.q_network import apex_epsilons, epsilon_greedy
+from learner.run_directory import RunDirectory
+
+
+@dataclass
+class Train:
+    """Options of a whole run."""
+
+    env: str = "CartPole-v1"
+    """Gymnasium environment with vector observations and discrete actions."""
+    crew: tyro.conf.OmitArgPrefixes[CrewOptions] = field(default_factory=CrewOptions)
+    table: tyro.conf.OmitArgPrefixes[TableOptions] = field(default_factory=TableOptions)
+    learner: tyro.conf.OmitArgPrefixes[LearnerOptions] = field(default_factory=LearnerOptions)
+    seed: int = 0
+    """Of everything: networks, environments, exploration, sampling."""
+    name: str | None = None
+    """Directory below runs/; by default made of algorithm, environment, seed and time."""
+    resume: Path | None = None
+    """Continue network, optimizer, counters and random state of this run, e.g. runs/NAME."""
+
+
+def main(options: Train) -> None:
+    """Start the server, the crew and the learner, and end them in the opposite order."""
+    if options.resume is None:
+        run = RunDirectory.new("apex_dqn", options.env, options.seed, options.name)
+        run.save_config(options)
+    else:
+        run = RunDirectory(options.resume)
+    table = apex_table(options.table, transition_spec(options.env), options.seed)
+    epsilons = apex_epsilons(options.crew.num_actors * options.crew.envs_per_actor)
+    with rb.BufferServer({TABLE: table}) as server:
+        crew = ReplayCrew(server.address, options.env, options.crew, epsilons, epsilon_greedy, seed=options.seed)
+        with crew, Display(f"Ape-X DQN: {options.env}, seed {options.seed}, {run.path}") as display:
+            crew.start()
+            summary = train(
+                options.learner,
+                options.env,
+                options.seed,
+                server.address,
+                run,
+                display,
+                resume=options.resume is not None,
+                tend_crew=crew.tend,
+                num_actors=options.crew.num_actors,
+            )
+    print(
+        f"{summary['stopped_by']}: greedy return {summary['eval_return']:.1f} over {summary['eval_episodes']} episodes "
+        f"after {summary['env_steps']:,} env steps, {summary['wall_s']:.0f} s; see {run.path}/"
+    )
+
+
+def options_from_command_line() -> Train:
+    """With --resume the defaults are those of the run that goes on."""
+    options = tyro.cli(Train, description=__doc__)
+    if options.resume is None:
+        return options
+    return tyro.cli(Train, description=__doc__, default=RunDirectory(options.resume).load_config(Train))
+
+
+if __name__ == "__main__":
+    try:
+        main(options_from_command_line())
+    except KeyboardInterrupt:
+        print("stopped")
+    except (rb.RLBufferError, OSError, TooManyFailures) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
