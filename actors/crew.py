@@ -1,11 +1,11 @@
 """A crew of replay actors: starts them, watches them, and starts a new one where one ended."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 from actors.environments import make_envs
@@ -17,8 +17,8 @@ _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
 _HEALTHY_S = 30.0  # an actor that lived this long starts over with the first backoff
 
-# (first parameters, epsilons of the actor's environments, seed) -> policy
-MakePolicy = Callable[[Mapping[str, torch.Tensor], NDArray[np.float64], int], Policy]
+# (environments, their epsilons, seed) -> policy
+MakePolicy = Callable[[VectorEnv, NDArray[np.float64], int], Policy]
 
 
 class TooManyFailures(RuntimeError):
@@ -132,7 +132,7 @@ class ReplayCrew:
             lambda: run_replay_actor(
                 address,
                 lambda: make_envs(env_id, len(epsilons)),
-                lambda parameters: make_policy(parameters, epsilons, seed),
+                lambda envs: make_policy(envs, epsilons, seed),
                 **arguments,
             ),
         )

@@ -34,7 +34,7 @@ class Policy(Protocol):
 def run_replay_actor(
     address: str,
     make_envs: Callable[[], VectorEnv],
-    make_policy: Callable[[Mapping[str, torch.Tensor]], Policy],
+    make_policy: Callable[[VectorEnv], Policy],
     *,
     name: str,
     table: str = "replay",
@@ -43,29 +43,26 @@ def run_replay_actor(
     refresh_steps: int = 25,
     timeout_s: float = 60.0,
 ) -> None:
-    """Write transitions until the server ends.
+    """Write transitions until the server ends. Before the learner publishes, the policy acts without parameters.
 
     Args:
         address: of the server.
         make_envs: the actor's own vector environment; a lambda is fine.
-        make_policy: builds the policy from the first published parameters.
+        make_policy: the actor's policy for these environments; it must be able to act before its first `load`.
         name: shown by the trainer and in `client.info()`.
         table: to write to.
         seed: of the environments.
         chunk_size: transitions per commit.
         refresh_steps: vector steps between looks for newer parameters.
-        timeout_s: deadline of each wait: for the server, the first parameters, and a table that takes no rows.
+        timeout_s: deadline of each wait: for the server, and for a table that takes no rows.
     """
     torch.set_num_threads(1)
     client = rb.connect(address, timeout_s=timeout_s, name=name)
     envs = make_envs()
-    version, parameters = client.parameters(timeout_s=timeout_s)
-    if parameters is None:
-        raise rb.DeadlineExceeded(f"{name}: no learner has published parameters at {address} within {timeout_s} s")
-    policy = make_policy(parameters)
+    policy = make_policy(envs)
     writer = client.writer(table, envs=envs, chunk_size=chunk_size)
     observations, _ = envs.reset(seed=seed)
-    step = 0
+    step = version = 0
     try:
         while True:
             if step % refresh_steps == 0:

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
+from rich.text import Text
 
 _LINE_EVERY_S = 5.0
 _NEWS_KEPT = 4
@@ -32,7 +33,7 @@ class Display:
         """Keep messages in view: an actor ended, an evaluation was made."""
         for line in news:
             if self._live is None:
-                self.console.print(line, highlight=False, markup=False)
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
             else:
                 self._news.extend(line.splitlines()[:1])
 
@@ -47,6 +48,7 @@ class Display:
                 f"{row['updates']:>8,.0f} updates  {row['updates_per_s']:>6,.0f}/s  "
                 f"return {row['mean_return']:>8.1f}  {row['samples_per_insert']:.2f} samples/insert",
                 highlight=False,
+                soft_wrap=True,
             )
 
     def _panel(self, row: Mapping[str, float], actors: Sequence[Mapping[str, Any]], waits: Sequence[str]) -> Panel:
@@ -84,8 +86,10 @@ class Display:
                 str(actor["reserved_rows"]),
                 str(actor["version_lag"]),
             )
-        notes = [f"[yellow]{wait}[/]" for wait in waits] + [f"[dim]{line}[/]" for line in self._news]
-        return Panel(Group(figures, "", crew, *notes), title=self._title, border_style="blue")
+        # One line each and always as many, so that the panel keeps its height.
+        lines = [waits[0] if waits else "nobody waits for the rate limiter", *self._news]
+        notes = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines]
+        return Panel(Group(figures, "", crew, "", *notes), title=self._title, border_style="blue")
 
     def __enter__(self) -> "Display":
         if self._live is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ class QNetwork(nn.Module):
 
     def __init__(self, num_inputs: int, num_actions: int, hidden_sizes: Sequence[int], dueling: bool) -> None:
         super().__init__()
-        # Standardisation, part of the parameters that actors fetch: see `standardise`.
+        # Part of the parameters that actors fetch: see `calibrate`.
         self.register_buffer("observation_mean", torch.zeros(num_inputs))
         self.register_buffer("observation_scale", torch.ones(num_inputs))
         layers: list[nn.Module] = []
@@ -40,11 +41,21 @@ class QNetwork(nn.Module):
         network.load_state_dict(dict(parameters))
         return network
 
-    def standardise(self, observations: Tensor) -> None:
-        """Take mean and standard deviation of [N, *obs_shape] for all inputs from now on."""
+    @torch.no_grad()
+    def calibrate(self, observations: Tensor, mean_reward: float, gamma: float) -> None:
+        """Set scales from first experience, once: inputs get mean 0 and deviation 1, Q starts at r / (1 - gamma).
+
+        Otherwise Q has to climb there by hard target copies, one bootstrap at a time, and the policy drifts meanwhile.
+
+        Args:
+            observations: [N, *obs_shape].
+            mean_reward: r, of one step.
+            gamma: discount factor.
+        """
         flat = observations.flatten(1).float()
         self.observation_mean.copy_(flat.mean(0))
-        self.observation_scale.copy_(1 / flat.std(0).clamp_min(1e-3))
+        self.observation_scale.copy_(1 / flat.std(0).clamp_min(1e-2))
+        (self.advantage if self.value is None else self.value).bias.fill_(mean_reward / max(1e-3, 1 - gamma))
 
     def forward(self, observations: Tensor) -> Tensor:
         """Q-values [B, num_actions] of observations [B, *obs_shape]."""
@@ -64,28 +75,29 @@ def apex_epsilons(num_envs: int, base: float = 0.4, exponent: float = 7.0) -> ND
     return base ** (1 + exponent * np.arange(num_envs) / max(1, num_envs - 1))
 
 
-def epsilon_greedy(parameters: Mapping[str, Tensor], epsilons: NDArray[np.float64], seed: int) -> "EpsilonGreedyPolicy":
-    """The policy of one actor, made from the first parameters that the learner published."""
-    return EpsilonGreedyPolicy(QNetwork.from_parameters(parameters), epsilons, seed)
-
-
 class EpsilonGreedyPolicy:
-    """Each environment explores with its own epsilon; Q-values go along for the initial priorities."""
+    """Each environment explores with its own epsilon; Q-values go along for the initial priorities.
 
-    def __init__(self, network: QNetwork, epsilons: NDArray[np.float64], seed: int) -> None:
-        self._network = network
+    Before the first parameters all actions are random, and nothing is known about Q.
+    """
+
+    def __init__(self, envs: VectorEnv, epsilons: NDArray[np.float64], seed: int) -> None:
+        self._network: QNetwork | None = None
+        self._num_actions = int(envs.single_action_space.n)
         self._epsilons = epsilons
         self._rng = np.random.default_rng(seed)
 
     def load(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take newer parameters."""
-        self._network.load_state_dict(dict(state_dict))
+        self._network = QNetwork.from_parameters(state_dict)
 
     @torch.inference_mode()
     def decide(self, observations: NDArray[Any]) -> Decision:
         """Actions [E] int64, q_taken [E] and state_values [E] float32 of observations [E, *obs_shape]."""
+        random_actions = self._rng.integers(self._num_actions, size=len(observations))
+        if self._network is None:
+            return Decision(random_actions)
         q_values = self._network(torch.from_numpy(np.asarray(observations))).numpy()
-        actions = q_values.argmax(1)
-        explore = self._rng.random(len(actions)) < self._epsilons
-        actions[explore] = self._rng.integers(q_values.shape[1], size=int(explore.sum()))
+        explore = self._rng.random(len(observations)) < self._epsilons
+        actions = np.where(explore, random_actions, q_values.argmax(1))
         return Decision(actions, q_values[np.arange(len(actions)), actions], q_values.max(1))

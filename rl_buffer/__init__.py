@@ -9,6 +9,7 @@
     protocol    messages
     processes   server_core, server_loop, server          (the server)
                 connection, parameters, writer, batches, sampler, served_buffer, client          (its clients)
+                launch                                    (child processes of a trainer)
 """
 
 import importlib

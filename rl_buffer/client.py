@@ -1,13 +1,15 @@
 """`connect` and `Client`: everything that a process does with a server."""
 
+import contextlib
+import functools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rl_buffer import messages
 from rl_buffer.address import Address
-from rl_buffer.connection import Connection
+from rl_buffer.connection import Channel, Connection
 from rl_buffer.episode_ends import autoreset_mode, num_envs_and_autoreset
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.parameters import ParameterSet, as_arrays
@@ -95,20 +97,21 @@ class Client:
                 num_envs = int(getattr(envs, "num_envs", 1))
         assert num_envs is not None
         rows, _ = self._connection.segments[table]
-        return ReplayWriter(
-            self._connection.channel(),
-            self._call,
-            table,
-            config,
-            RowLayout(config.spec.transition_fields()).view(rows.buffer, config.num_rows),
-            self._connection.stats_config,
-            num_envs=num_envs,
-            autoreset=mode,
-            chunk_size=chunk_size,
-            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-            explain=self._explainer(table),
-            parameter_version=lambda: self.parameter_version,
-        )
+        with self._new_channel() as channel:
+            return ReplayWriter(
+                channel,
+                self._caller(channel),
+                table,
+                config,
+                RowLayout(config.spec.transition_fields()).view(rows.buffer, config.num_rows),
+                self._connection.stats_config,
+                num_envs=num_envs,
+                autoreset=mode,
+                chunk_size=chunk_size,
+                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                explain=self._explainer(table),
+                parameter_version=lambda: self.parameter_version,
+            )
 
     def sampler(
         self,
@@ -141,21 +144,22 @@ class Client:
 
         config = self._table(table)
         rows, generations = self._connection.segments[table]
-        return ReplaySampler(
-            self._connection.channel(),
-            self._call,
-            table,
-            config,
-            rows,
-            generations,
-            batch_size=batch_size,
-            beta=beta,
-            prefetch=prefetch,
-            device=device,
-            contiguous=contiguous,
-            timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-            explain=self._explainer(table),
-        )
+        with self._new_channel() as channel:
+            return ReplaySampler(
+                channel,
+                self._caller(channel),
+                table,
+                config,
+                rows,
+                generations,
+                batch_size=batch_size,
+                beta=beta,
+                prefetch=prefetch,
+                device=device,
+                contiguous=contiguous,
+                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                explain=self._explainer(table),
+            )
 
     def replay_buffer(self, table: str, num_envs: int = 1, **options: Any) -> "ServedReplayBuffer":
         """The in-process interface (add, get, update_priorities, len) on the served table.
@@ -278,22 +282,46 @@ class Client:
         assert isinstance(reply, messages.Value)
         return reply.value
 
-    def _call(self, request: messages.Request, timeout_s: float | None = None) -> messages.Reply:
+    @contextlib.contextmanager
+    def _new_channel(self) -> Iterator[Channel]:
+        """A channel for the writer or sampler that the block makes; closed again if it cannot be made."""
+        channel = self._connection.channel()
+        try:
+            yield channel
+        except BaseException:
+            channel.close()
+            raise
+
+    def _caller(self, channel: Channel) -> Callable[[messages.Request], messages.Reply]:
+        """How a writer or sampler asks: on its own channel, in order with everything else that it sends.
+
+        On the control channel OpenWriter overtook the handshake of the new channel's socket, and the server dropped
+        the Grant that it could not route yet (4 of 10 on an idle machine); a CloseChannel could overtake the last
+        priorities.
+        """
+        return functools.partial(self._call, channel=channel)
+
+    def _call(
+        self, request: messages.Request, timeout_s: float | None = None, channel: Channel | None = None
+    ) -> messages.Reply:
         """One request, one reply."""
         self._connection.check()
+        channel = self._control if channel is None else channel
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             self._num_requests += 1
             envelope = messages.Envelope(self._num_requests, self._connection.epoch, request)
-            self._control.send(messages.encode_control(envelope))
+            channel.send(messages.encode_control(envelope))
             while True:
-                frame = self._control.receive(max(0.0, deadline_s - time.monotonic()))
+                frame = channel.receive(max(0.0, deadline_s - time.monotonic()))
                 if frame is None:
                     raise DeadlineExceeded(
                         f"{type(request).__name__}: the server at {self._connection.address} did not answer within "
                         f"{timeout_s} s; it is stopped or overloaded"
                     )
+                if messages.kind_of(frame) != messages.CONTROL:
+                    continue  # a grant or batch that nobody will look at any more: this is CloseChannel
                 answer = messages.decode_control_reply(frame)
                 if answer.request_id == self._num_requests:  # else one that came after its deadline
                     break

@@ -85,7 +85,7 @@ class Connection:
         with self._lock:
             try:
                 self._socket.send(messages.encode_attach(request))
-                if not select.select([self._socket], [], [], timeout_s)[0]:
+                if not _readable(self._socket.fileno(), timeout_s):
                     raise DeadlineExceeded(f"{self.address} did not answer within {timeout_s} s; is it stopped?")
                 packet, fds, _, _ = socket.recv_fds(self._socket, messages.MAX_ATTACH_NBYTES, _MAX_FDS_PER_PACKET)
             except OSError as error:
@@ -115,7 +115,7 @@ class Connection:
         Raises:
             ServerLost: its process ended.
         """
-        if select.select([self._server_pidfd], [], [], seconds)[0]:
+        if _readable(self._server_pidfd, seconds):
             raise server_lost(self.address)
 
     def check(self) -> None:
@@ -167,7 +167,9 @@ class Channel:
 
         Raises:
             DeadlineExceeded: the server has not read for so long that the queue is full.
+            Closed, ForkedClient: see `Connection.check`.
         """
+        self.connection.check()
         try:
             self._socket.send(frame)
         except zmq.Again as error:
@@ -181,10 +183,15 @@ class Channel:
         Raises:
             RequestRefused: the frame says that the server refused something.
             ServerLost: its process ended.
+            Closed, ForkedClient: see `Connection.check`.
         """
+        self.connection.check()
         frame = self._receive(timeout_s)
         if frame is not None and messages.kind_of(frame) == messages.REFUSAL:
-            raise RequestRefused(messages.decode_refusal(frame))
+            epoch, reason = messages.decode_refusal(frame)
+            if epoch != self.connection.epoch:  # zmq reconnected by itself to whoever has the address now
+                raise server_lost(self.connection.address)
+            raise RequestRefused(reason)
         return frame
 
     def _receive(self, timeout_s: float) -> bytes | None:
@@ -215,9 +222,12 @@ def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[soc
         attach = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             address.check_private()
+            attach.setblocking(False)  # a stopped server's full backlog would block connect() for ever
             attach.connect(os.fspath(address.attach))
+            attach.setblocking(True)
             return attach, peer_process(attach)[1]
-        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError) as error:
+        # ProcessLookupError: it was killed between the two calls.
+        except (FileNotFoundError, ConnectionRefusedError, BlockingIOError, ProcessLookupError) as error:
             attach.close()
             if time.monotonic() >= deadline_s:
                 raise DeadlineExceeded(
@@ -228,6 +238,13 @@ def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[soc
         except BaseException:
             attach.close()
             raise
+
+
+def _readable(fd: int, timeout_s: float) -> bool:
+    # Not select(), which refuses descriptors above 1023.
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(math.ceil(timeout_s * 1000)))
 
 
 def _close_in_forked_child() -> None:

@@ -56,7 +56,11 @@ def final_observation(infos: Any, env: int, path: str) -> Any:
     Raises:
         InvalidInput: infos lack it.
     """
-    if not isinstance(infos, Mapping) or "final_obs" not in infos or not infos["_final_obs"][env]:
+    if (
+        not isinstance(infos, Mapping)
+        or not {"final_obs", "_final_obs"} <= infos.keys()
+        or not infos["_final_obs"][env]
+    ):
         raise InvalidInput(
             f"environment {env} ended in same_step mode, but infos hold no final_obs for it; pass the infos that "
             "step() returned: add(..., infos=infos)"

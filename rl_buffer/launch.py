@@ -18,8 +18,11 @@ from typing import Any
 import multiprocess
 from multiprocess import connection as multiprocess_connection
 
+from rl_buffer.errors import InvalidInput
+
 THREAD_LIMIT_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 _PARENT_GONE_EXIT_CODE = 75  # EX_TEMPFAIL
+_MAX_TRACEBACK_NBYTES = 32 << 10  # a pipe holds 64 KiB, and nobody reads it before the child has ended
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,13 @@ class ProcessGroup:
         self._children: dict[str, tuple[Any, Any]] = {}  # name -> (process, pipe with its traceback)
 
     def start(self, name: str, target: Callable[..., None], *args: Any) -> int:
-        """Run `target(*args)` in a child called `name`; return its process id."""
+        """Run `target(*args)` in a child called `name`; return its process id.
+
+        Raises:
+            InvalidInput: a child of that name has not been reaped.
+        """
+        if name in self._children:
+            raise InvalidInput(f"a child called {name!r} was started and not reaped; choose another name")
         receiver, sender = self._context.Pipe(duplex=False)
         process = self._context.Process(target=_run, args=(sender, target, args), name=name, daemon=True)
         previous = {variable: os.environ.get(variable) for variable in THREAD_LIMIT_VARIABLES}
@@ -114,8 +123,10 @@ def _run(sender: Any, target: Callable[..., None], args: tuple[Any, ...]) -> Non
     threading.Thread(target=_end_with_parent, daemon=True, name="end-with-parent").start()
     try:
         target(*args)
+    except SystemExit:
+        raise
     except BaseException:
-        sender.send_bytes(traceback.format_exc().encode())
+        sender.send_bytes(traceback.format_exc().encode()[-_MAX_TRACEBACK_NBYTES:])
         raise SystemExit(1) from None
 
 

@@ -166,9 +166,10 @@ def encode_refusal(epoch: int, reason: str) -> bytes:
     return _HEAD.pack(REFUSAL, 0, epoch) + reason.encode()
 
 
-def decode_refusal(frame: bytes) -> str:
-    """The reason."""
-    return frame[_HEAD.size :].decode(errors="replace")
+def decode_refusal(frame: bytes) -> tuple[int, str]:
+    """(epoch of the server that refused, reason)."""
+    _, _, epoch = _unpack(_HEAD, frame)
+    return epoch, frame[_HEAD.size :].decode(errors="replace")
 
 
 def kind_of(frame: bytes) -> int:

@@ -87,7 +87,7 @@ class ReplaySampler:
         """
         if self._closed:
             raise Closed("this sampler was closed")
-        self._channel.connection.guard.check()
+        self._channel.connection.check()
         beta = self.beta if beta is None else _check_beta(beta)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s

@@ -95,6 +95,7 @@ class BufferServer:
         """
         if self.is_alive():
             raise InvalidInput(f"this server runs already, at {self._address}")
+        self.stop()  # what is left of one that was killed
         self._address = self._requested_address or fresh_address()
         environment = os.environ | dict.fromkeys(_THREAD_LIMITS, "1")
         self._process = subprocess.Popen(
@@ -139,14 +140,16 @@ class BufferServer:
         process, self._process = self._process, None
         if process is None:
             return
-        with contextlib.suppress(OSError):
-            _pipe(process.stdin).close()  # the lifeline
+        # Not by closing stdin: forked children of this process (AsyncVectorEnv has some) hold it open as well.
+        process.terminate()
         try:
             process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        _pipe(process.stdout).close()
+        for pipe in (process.stdin, process.stdout):
+            with contextlib.suppress(OSError):
+                _pipe(pipe).close()
 
     def __enter__(self) -> "BufferServer":
         return self if self.is_alive() else self.start()

@@ -364,10 +364,9 @@ class ServerCore:
             case messages.OpenSampler(channel=number, table=name, batch_size=batch_size):
                 table, channel_id = self._table(name), self._new_channel(session, number)
                 sampler = SamplerChannel(channel_id, session, table, batch_size)
-                if batch_size < 1 or batch_size + sampler.num_spares > messages.MAX_ROWS_PER_MESSAGE:
-                    raise InvalidInput(
-                        f"batch_size must be in [1, {messages.MAX_ROWS_PER_MESSAGE * 15 // 16}], got {batch_size}"
-                    )
+                limit = messages.MAX_ROWS_PER_MESSAGE * 15 // 16  # leaves room for the spares
+                if not 1 <= batch_size <= limit:
+                    raise InvalidInput(f"batch_size must be in [1, {limit}], got {batch_size}")
                 table.state.limiter.check_sample_possible(batch_size)
                 session.channels[channel_id] = sampler
                 table.samplers.append(sampler)

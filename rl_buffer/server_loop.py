@@ -1,11 +1,12 @@
 """The server's process: sockets, descriptors and signals around `ServerCore`. It only polls and passes on.
 
-Started by `BufferServer` as `python -m rl_buffer.server`: the configuration comes by stdin, which then stays open as a
-lifeline (its end-of-file means that the parent is gone); one line of JSON on stdout says ready or why not.
+Started by `BufferServer` as `python -m rl_buffer.server`: the configuration comes by stdin; lines of JSON on stdout
+tell how far it is, and at last ready or why not. It ends on SIGTERM, or when its parent process has ended.
 """
 
 import contextlib
 import os
+import resource
 import secrets
 import select
 import signal
@@ -63,7 +64,7 @@ class _Connection:
 
 
 class ServerLoop:
-    """One epoch: from bind to the last reply."""
+    """One epoch: from bind to the last reply. Leaving its `with` block removes the address."""
 
     def __init__(self, config: ServerConfig) -> None:
         """Reserve memory, compile kernels and bind, in this order, so that a bound address is a working one."""
@@ -104,9 +105,9 @@ class ServerLoop:
             os.umask(previous_mask)
         self._epoll.register(self._listener, select.EPOLLIN)
 
-    def run(self, lifeline_fd: int) -> None:
-        """Serve until the lifeline ends or SIGTERM; then remove the address."""
-        self._epoll.register(lifeline_fd, select.EPOLLIN)
+    def run(self, parent_pidfd: int) -> None:
+        """Serve until the parent ends."""
+        self._epoll.register(parent_pidfd, select.EPOLLIN)
         # epoll inside zmq's poll: however many clients there are, each turn polls two descriptors.
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
@@ -118,15 +119,16 @@ class ServerLoop:
                     self._serve_messages()
                 if self._epoll.fileno() in ready:
                     for fd, _ in self._epoll.poll(0):
-                        if fd == lifeline_fd:
+                        if fd == parent_pidfd:
                             return
                         self._serve_descriptor(fd)
         except _Stop:
             return
-        finally:
-            self._close()
 
-    def _close(self) -> None:
+    def __enter__(self) -> "ServerLoop":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self._context.destroy(linger=0)
         self._listener.close()
         self._address.release(self._lock_fd)
@@ -158,6 +160,9 @@ class ServerLoop:
         if connection is None:
             return
         if fd == connection.pidfd:
+            # Looked at again: the event may be an older one, of a descriptor closed meanwhile that had this number.
+            if not _has_ended(fd):
+                return
             self._forget(connection)
             self._send(self._core.exited(connection.token))
             return
@@ -286,6 +291,12 @@ def _reserve_tables(tables: dict[str, ReplayTable]) -> dict[str, _TableMemory]:
     return memory
 
 
+def _has_ended(pidfd: int) -> bool:
+    poller = select.poll()
+    poller.register(pidfd, select.POLLIN)
+    return bool(poller.poll(0))
+
+
 def _offer(segment: OwnedSegment, fds: list[int]) -> messages.SegmentInfo:
     fds.append(segment.fd)
     return messages.SegmentInfo(len(fds) - 1, segment.nbytes)
@@ -299,7 +310,7 @@ def _first_difference(ours: list[tuple[str, Field]], theirs: list[tuple[str, Fie
 
 
 def _say(status: ServerStatus) -> None:
-    # The parent may be gone or not listening; the lifeline will tell which.
+    # The parent may be gone or not listening; its pidfd will tell which.
     with contextlib.suppress(OSError):
         sys.stdout.buffer.write(msgspec.json.encode(status) + b"\n")
         sys.stdout.buffer.flush()
@@ -307,20 +318,27 @@ def _say(status: ServerStatus) -> None:
 
 def main() -> None:
     """Read the configuration from stdin and serve."""
+    with contextlib.suppress(_Stop):
+        _main()
 
+
+def _main() -> None:
     def stop(*_: Any) -> NoReturn:
         raise _Stop
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us in order
+    # Each client takes five descriptors or more, and libzmq aborts the process when there are none left.
+    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
     try:
+        # Not end-of-file on stdin: a forked child of the parent would hold it open.
+        parent_pidfd = os.pidfd_open(os.getppid())
         config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ServerConfig)
         loop = ServerLoop(config)
-    except _Stop:
-        return
     except (RLBufferError, msgspec.MsgspecError, OSError) as error:
         _say(ServerStatus(error=str(error), error_class=type(error).__name__))
         raise SystemExit(1) from None
-    _say(ServerStatus(ready=True))
-    with contextlib.suppress(_Stop):
-        loop.run(sys.stdin.fileno())
+    with loop:
+        _say(ServerStatus(ready=True))
+        loop.run(parent_pidfd)

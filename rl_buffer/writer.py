@@ -8,6 +8,7 @@ costs one vectorised pass and one message. The writer holds two chunks of rows, 
 commit of the other is under way. No torch, no Numba. One thread at a time.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import ReplayTable, StatsConfig
 
 _UNKNOWN = np.nan
+_LARGEST_NUMBER = 1e34  # of rewards and values: the sum of 1024 steps, the most n_step can be, is still a float32
 
 
 class StepHistory:
@@ -177,10 +179,10 @@ class ReplayWriter:
         """
         if self._closed:
             raise Closed("this writer was closed")
-        self._channel.connection.guard.check()
+        self._channel.connection.check()
         history = self._history
         if history.num_steps == history.capacity and not self._emit(time.monotonic() + self.timeout_s):
-            raise self._deadline("add")
+            raise self._deadline("add", self.timeout_s)
         step = history.num_steps
 
         self._stage_tree("obs", "observations", self._obs_paths, obs, step)
@@ -274,6 +276,29 @@ class ReplayWriter:
             self._stage_array(f"extras[{key!r}]", self._history.leaves[f"extras/{key}"][step], value)
 
     def _stage_array(self, argument: str, target: NDArray[Any], value: Any) -> None:
+        """Copy finite numbers of the right shape and kind into the history."""
+        self._copy(argument, target, value)
+        # A sum of squares is finite unless an element is not or is huge; only then look at each one. (A sum of
+        # infinities of both signs would warn.)
+        if target.dtype.kind == "f" and not math.isfinite(_sum_of_squares(target)):
+            bad = np.argwhere(~np.isfinite(target))
+            if len(bad):
+                raise InvalidInput(
+                    f"{argument} is {target[tuple(bad[0])]} at {tuple(bad[0].tolist())}; expected finite numbers"
+                )
+
+    def _stage_numbers(self, argument: str, target: NDArray[np.float64], value: Any) -> None:
+        """Rewards or values, (E,) or (E, 1)."""
+        self._copy(argument, target, value)
+        if not _sum_of_squares(target) <= _LARGEST_NUMBER**2:  # NaN fails too
+            bad = np.flatnonzero(~(np.abs(target) <= _LARGEST_NUMBER))
+            if len(bad):
+                raise InvalidInput(
+                    f"{argument} is {target[bad[0]]} at ({bad[0]},); expected finite numbers within "
+                    f"+-{_LARGEST_NUMBER:.0e}"
+                )
+
+    def _copy(self, argument: str, target: NDArray[Any], value: Any) -> None:
         array = _as_numpy(value)
         if array.shape != target.shape:
             if array.size != target.size or array.shape not in _same_rows(target.shape):
@@ -282,17 +307,6 @@ class ReplayWriter:
         if array.dtype != target.dtype and not np.can_cast(array.dtype, target.dtype, "same_kind"):
             raise InvalidInput(f"{argument} has dtype {array.dtype}, expected {target.dtype}")
         target[...] = array
-        # A sum is finite unless an element is not or they are huge; only then look at each one.
-        if target.dtype.kind == "f" and not np.isfinite(np.add.reduce(target, axis=None)):
-            bad = np.argwhere(~np.isfinite(target))
-            if len(bad):
-                raise InvalidInput(
-                    f"{argument} is {target[tuple(bad[0])]} at {tuple(bad[0].tolist())}; expected finite"
-                )
-
-    def _stage_numbers(self, argument: str, target: NDArray[np.float64], value: Any) -> None:
-        """Finite numbers, (E,) or (E, 1)."""
-        self._stage_array(argument, target, value)
 
     def _stage_values(self, step: int, priority: Any, q_taken: Any, state_value: Any, final_value: Any) -> None:
         history = self._history
@@ -302,7 +316,7 @@ class ReplayWriter:
                     f"priority= is for n_step = 1, this table has {self.table.n_step}; pass q_taken= and state_value=, "
                     "then the writer computes it when the window closes"
                 )
-            self._stage_array("priority", history.priorities[step], priority)
+            self._stage_numbers("priority", history.priorities[step], priority)
             if (history.priorities[step] < 0).any():
                 raise InvalidInput(f"priority must be >= 0, got {history.priorities[step].min()}")
             self._any_priorities = True
@@ -316,7 +330,7 @@ class ReplayWriter:
             if value is None:
                 target[step] = _UNKNOWN
             else:
-                self._stage_array(argument, target[step], value)
+                self._stage_numbers(argument, target[step], value)
                 self._any_values = True
 
     def _stage_final_observations(self, ended: NDArray[np.bool_], infos: Any, step: int) -> None:
@@ -324,7 +338,8 @@ class ReplayWriter:
             for path in self._obs_paths:
                 leaf = self._history.leaves[f"next_observations/{path}" if path else "next_observations"]
                 final = _as_numpy(final_observation(infos, env, path))
-                self._stage_array(f"infos['final_obs'][{env}]", leaf[step, env], final)
+                # With the ellipsis also an observation of shape () is a view.
+                self._stage_array(f"infos['final_obs'][{env}]", leaf[step, env, ...], final)
 
     def _flags(self, argument: str, value: Any) -> NDArray[np.bool_]:
         if value is None:
@@ -346,13 +361,14 @@ class ReplayWriter:
     def _finish(self, timeout_s: float | None, *, close: bool) -> None:
         if self._closed:
             raise Closed("this writer was closed")
-        self._channel.connection.guard.check()
-        deadline_s = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
+        self._channel.connection.check()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        deadline_s = time.monotonic() + timeout_s
         if not self._emit(deadline_s, close=close):
-            raise self._deadline("close" if close else "flush")
+            raise self._deadline("close" if close else "flush", timeout_s)
         while self._acknowledged < self._sequence:
             if not self._receive(deadline_s):
-                raise self._deadline("close" if close else "flush")
+                raise self._deadline("close" if close else "flush", timeout_s)
 
     def _emit(self, deadline_s: float | None, *, close: bool = False) -> bool:
         """Write and commit what is complete. False: there were no rows for it by the deadline (None: at once)."""
@@ -409,9 +425,7 @@ class ReplayWriter:
         history = self._history
         if not isinstance(self.table.sampler, Prioritized) or not (self._any_values or self._any_priorities):
             return None
-        if self._any_priorities:
-            return history.priorities[windows.first, windows.envs]
-        return td_errors(
+        errors = td_errors(
             windows,
             history.q_taken[steps],
             history.state_values[steps],
@@ -419,6 +433,8 @@ class ReplayWriter:
             cut=history.cut[steps],
             dummy=history.dummy[steps],
         )
+        priorities = history.priorities[windows.first, windows.envs]
+        return np.where(np.isnan(priorities), errors, priorities)
 
     def _write(self, rows: NDArray[np.int64], windows: Windows) -> None:
         for path, leaf in self._history.leaves.items():
@@ -442,9 +458,9 @@ class ReplayWriter:
         self._reserved = np.concatenate((self._reserved, grant.rows)) if len(self._reserved) else grant.rows
         return True
 
-    def _deadline(self, call: str) -> DeadlineExceeded:
+    def _deadline(self, call: str, timeout_s: float) -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"{call} on table {self._name!r} waited {self.timeout_s} s for the server to take rows: {self._explain()}"
+            f"{call} on table {self._name!r} waited {timeout_s} s for the server to take rows: {self._explain()}"
         )
 
 
@@ -456,8 +472,13 @@ def _as_numpy(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
+def _sum_of_squares(array: NDArray[Any]) -> float:
+    flat = array.reshape(-1)
+    return float(np.dot(flat, flat))
+
+
 def _same_rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Shapes that mean the same: (E, 1) for (E,), and without E for one environment."""
     if len(shape) == 1:
         return ((*shape, 1), ()) if shape[0] == 1 else ((*shape, 1),)
-    return (shape[1:],) if shape[0] == 1 else ()
+    return (shape[1:],) if shape and shape[0] == 1 else ()

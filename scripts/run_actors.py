@@ -11,7 +11,7 @@ import tyro
 
 import rl_buffer as rb
 from actors.crew import CrewOptions, ReplayCrew, TooManyFailures
-from learner.q_network import apex_epsilons, epsilon_greedy
+from learner.q_network import EpsilonGreedyPolicy, apex_epsilons
 from rl_buffer.address import default_address
 
 _NEWS_EVERY_S = 0.5
@@ -44,7 +44,7 @@ def main(options: RunActors) -> None:
         options.env,
         options.crew,
         apex_epsilons(total * options.crew.envs_per_actor),
-        epsilon_greedy,
+        EpsilonGreedyPolicy,
         seed=options.seed,
         first=options.first_actor,
         timeout_s=options.timeout_s,

@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 import tyro
 
 import rl_buffer as rb
-from learner.apex_dqn import LearnerOptions, train
+from learner.apex_dqn import ApexDQN, LearnerOptions, describe, train
 from learner.display import Display
+from learner.presets import options_from_command_line
 from learner.run_directory import RunDirectory
 from rl_buffer.address import default_address
 
@@ -41,16 +42,9 @@ def main(options: RunLearner) -> None:
         else:
             run = RunDirectory(options.resume)
         with Display(f"Ape-X DQN learner: {options.env}") as display:
-            summary = train(
-                options.learner,
-                options.env,
-                options.seed,
-                options.connect,
-                run,
-                display,
-                resume=options.resume is not None,
-            )
-        print(f"{summary['stopped_by']}: greedy return {summary['eval_return']:.1f}; see {run.path}/")
+            agent = ApexDQN(options.learner, options.env, options.seed)
+            summary = train(agent, options.connect, run, display, resume=options.resume is not None)
+        print(f"{describe(summary)}; see {run.path}/")
     except KeyboardInterrupt:
         print("stopped")
     except (rb.RLBufferError, OSError) as error:
@@ -58,4 +52,4 @@ def main(options: RunLearner) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(RunLearner, description=__doc__))
+    main(options_from_command_line(RunLearner, __doc__))

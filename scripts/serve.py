@@ -12,6 +12,7 @@ import tyro
 import rl_buffer as rb
 from actors.environments import transition_spec
 from learner.apex_dqn import TABLE, TableOptions, apex_table
+from learner.presets import options_from_command_line
 from rl_buffer.address import default_address
 
 
@@ -48,4 +49,4 @@ def main(options: Serve) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Serve, description=__doc__))
+    main(options_from_command_line(Serve, __doc__))

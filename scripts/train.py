@@ -16,10 +16,12 @@ import tyro
 import rl_buffer as rb
 from actors.crew import CrewOptions, ReplayCrew, TooManyFailures
 from actors.environments import transition_spec
-from learner.apex_dqn import TABLE, LearnerOptions, TableOptions, apex_table, train
+from learner.apex_dqn import TABLE, ApexDQN, LearnerOptions, TableOptions, apex_table, describe, train
 from learner.display import Display
-from learner.q_network import apex_epsilons, epsilon_greedy
+from learner.presets import options_from_command_line
+from learner.q_network import EpsilonGreedyPolicy, apex_epsilons
 from learner.run_directory import RunDirectory
+from rl_buffer.address import fresh_address
 
 
 @dataclass
@@ -48,38 +50,30 @@ def main(options: Train) -> None:
         run = RunDirectory(options.resume)
     table = apex_table(options.table, transition_spec(options.env), options.seed)
     epsilons = apex_epsilons(options.crew.num_actors * options.crew.envs_per_actor)
-    with rb.BufferServer({TABLE: table}) as server:
-        crew = ReplayCrew(server.address, options.env, options.crew, epsilons, epsilon_greedy, seed=options.seed)
-        with crew, Display(f"Ape-X DQN: {options.env}, seed {options.seed}, {run.path}") as display:
-            crew.start()
+    address = fresh_address()
+    crew = ReplayCrew(address, options.env, options.crew, epsilons, EpsilonGreedyPolicy, seed=options.seed)
+    with crew:
+        crew.start()  # first: actors take as long to start as the server, and wait for it
+        agent = ApexDQN(options.learner, options.env, options.seed)
+        with (
+            rb.BufferServer({TABLE: table}, address),
+            Display(f"Ape-X DQN: {options.env}, seed {options.seed}, {run.path}") as display,
+        ):
             summary = train(
-                options.learner,
-                options.env,
-                options.seed,
-                server.address,
+                agent,
+                address,
                 run,
                 display,
                 resume=options.resume is not None,
                 tend_crew=crew.tend,
                 num_actors=options.crew.num_actors,
             )
-    print(
-        f"{summary['stopped_by']}: greedy return {summary['eval_return']:.1f} over {summary['eval_episodes']} episodes "
-        f"after {summary['env_steps']:,} env steps, {summary['wall_s']:.0f} s; see {run.path}/"
-    )
-
-
-def options_from_command_line() -> Train:
-    """With --resume the defaults are those of the run that goes on."""
-    options = tyro.cli(Train, description=__doc__)
-    if options.resume is None:
-        return options
-    return tyro.cli(Train, description=__doc__, default=RunDirectory(options.resume).load_config(Train))
+    print(f"{describe(summary)}; see {run.path}/")
 
 
 if __name__ == "__main__":
     try:
-        main(options_from_command_line())
+        main(options_from_command_line(Train, __doc__))
     except KeyboardInterrupt:
         print("stopped")
     except (rb.RLBufferError, OSError, TooManyFailures) as error:

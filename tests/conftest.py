@@ -1,0 +1,85 @@
+"""Servers and child processes for the tests of the process half; whatever a test started is ended after it."""
+
+import contextlib
+import time
+
+import pytest
+
+import rl_buffer as rb
+from rl_buffer.launch import ProcessGroup
+
+DEADLINE_S = 30.0  # for what should take milliseconds: only a hang reaches it
+
+
+@pytest.fixture
+def serve():
+    """Start a server of these tables (a name each, or one that is then called "replay")."""
+    with contextlib.ExitStack() as stack:
+
+        def start(tables, **options):
+            tables = tables if isinstance(tables, dict) else {"replay": tables}
+            return stack.enter_context(rb.BufferServer(tables, **options))
+
+        yield start
+
+
+@pytest.fixture
+def connect():
+    """`rl_buffer.connect`, closed at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server, **options):
+            options = {"timeout_s": DEADLINE_S} | options
+            return stack.enter_context(rb.connect(getattr(server, "address", server), **options))
+
+        yield start
+
+
+@pytest.fixture
+def children():
+    """Child processes by name; a function of `child_processes` is what they should run."""
+    group = ProcessGroup(preload=["pytest", "rl_buffer.sampler"])
+    with group:
+        yield group
+
+
+@pytest.fixture
+def pipe():
+    """Make a two-way pipe: one end for the test, the other as an argument of a child."""
+    import multiprocess
+
+    with contextlib.ExitStack() as stack:
+
+        def make():
+            ends = multiprocess.Pipe()
+            for end in ends:
+                stack.enter_context(end)
+            return ends
+
+        yield make
+
+
+@pytest.fixture
+def eventually():
+    """Look again and again until a predicate holds; a fixture, so that test modules need not import conftest."""
+
+    def wait(predicate, timeout_s=DEADLINE_S):
+        deadline_s = time.monotonic() + timeout_s
+        while not (value := predicate()):
+            assert time.monotonic() < deadline_s, f"did not come true within {timeout_s} s"
+        return value
+
+    return wait
+
+
+@pytest.fixture
+def receive():
+    """The next message of a child, or its traceback."""
+
+    def wait(end, group=None, timeout_s=DEADLINE_S):
+        if not end.poll(timeout_s):
+            ended = group.reap() if group is not None else []
+            pytest.fail(f"the child said nothing within {timeout_s} s; {[str(e) for e in ended]}")
+        return end.recv()
+
+    return wait
