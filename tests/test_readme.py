@@ -1,0 +1,59 @@
+"""Everything in the README is run: its Python as it stands, its commands cut down to seconds."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+DEADLINE_S = 100.0
+BOOTSTRAP = "pip install uv && "
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_every_python_block_runs_as_it_stands(block, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mean return of all actors: " in result.stdout
+
+
+def test_the_two_commands_are_complete_and_ci_runs_the_second():
+    assert BOOTSTRAP + "uv run scripts/train.py" in commands()
+    assert BOOTSTRAP + "uv run pytest" in commands()
+    assert BOOTSTRAP + "uv run pytest\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_command_names_a_script_that_exists_with_options_that_it_knows():
+    seen = set()
+    for command in commands():
+        words = shlex.split(command.removeprefix(BOOTSTRAP))
+        assert words[:2] == ["uv", "run"], command
+        if words[2] == "pytest":
+            continue
+        script = ROOT / words[2]
+        known = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, timeout=DEADLINE_S)
+        assert known.returncode == 0, known.stderr
+        for option in re.findall(r"(?<!\S)(--[a-z-]+)", command):
+            assert re.search(rf"{option}\b", known.stdout), f"{command}: {option} is not in --help"
+        seen.add(script.name)
+    assert seen == {"train.py", "serve.py", "run_actors.py", "run_learner.py", "evaluate.py", "reproduce.py"}
+
+
+def test_the_listing_is_what_is_there():
+    listed = set(re.findall(r"^\| `(\w+)/`", README, re.MULTILINE))
+    there = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
+    assert listed == there - {"runs", "build", "dist"}
