@@ -66,6 +66,10 @@ class ParameterSlots:
         self._holder = None
         return version
 
+    def is_held_by(self, publisher: object) -> bool:
+        """Whether `publisher` reserved a slot and has not published it yet."""
+        return self._holder == publisher
+
     def release(self, publisher: object) -> None:
         """Forget a publisher that died; what it wrote stays invalid."""
         if self._holder == publisher:

@@ -9,6 +9,7 @@ gathered when the batch is handed out. A gather of 256 rows of 192 B takes 20 us
 which would take the interpreter lock from the learner; on a GPU the copy overlaps with the step that is queued.
 """
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from rl_buffer import messages
 from rl_buffer.batches import ReplayBatch, leaf_views, replay_batch
 from rl_buffer.connection import Channel
-from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
 from rl_buffer.messages import Credit
 from rl_buffer.samplers import Prioritized, importance_weights
 from rl_buffer.storage import Segment
@@ -147,6 +148,11 @@ class ReplaySampler:
     def __exit__(self, exception_type: object, *_: object) -> None:
         if exception_type is None:
             self.close()
+        elif not self._closed:
+            self._closed = True
+            with contextlib.suppress(RLBufferError):  # the block's error matters more
+                self._call(messages.CloseChannel(self._channel.number))
+            self._channel.close()
 
     def _ask(self, num_credits: int) -> None:
         if num_credits > 0:

@@ -7,9 +7,9 @@ A writer and the server keep the same queue of reserved rows. The writer fills r
 count; the server appends the next rows behind the acknowledgement. A commit that the limiter holds back waits
 here, unacknowledged, with the rows that did not pass still reserved.
 
-    attached --end of file--> quarantined --process exit--> gone: rows freed
-        |                                                     ^
-        +---------------------process exit--------------------+
+    attached --end of file--> quarantined --process exit, or no lease--> gone: rows freed
+        |                                                                 ^
+        +---------------------process exit--------------------------------+
 """
 
 from collections import deque
@@ -134,8 +134,16 @@ class ServerCore:
         if token in self.sessions:
             self.sessions[token].connected = False
 
+    def has_leases(self, token: bytes) -> bool:
+        """Whether the client's process may still be writing: into a writer's rows or a parameter slot."""
+        session = self.sessions.get(token)
+        return session is not None and (
+            any(isinstance(channel, WriterChannel) for channel in session.channels.values())
+            or any(slots.is_held_by(token) for slots in self.parameters.values())
+        )
+
     def exited(self, token: bytes) -> Outgoing:
-        """The client's process is gone for certain: free its rows, forget its unacknowledged commits."""
+        """The client is gone for certain, or left without a lease: free its rows, forget its pending commits."""
         session = self.sessions.pop(token, None)
         if session is None:
             return []

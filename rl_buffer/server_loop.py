@@ -112,18 +112,15 @@ class ServerLoop:
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
         poller.register(self._epoll.fileno(), zmq.POLLIN)
-        try:
-            while True:
-                ready = dict(poller.poll())
-                if self._router in ready:
-                    self._serve_messages()
-                if self._epoll.fileno() in ready:
-                    for fd, _ in self._epoll.poll(0):
-                        if fd == parent_pidfd:
-                            return
-                        self._serve_descriptor(fd)
-        except _Stop:
-            return
+        while True:
+            ready = dict(poller.poll())
+            if self._router in ready:
+                self._serve_messages()
+            if self._epoll.fileno() in ready:
+                for fd, _ in self._epoll.poll(0):
+                    if fd == parent_pidfd:
+                        return
+                    self._serve_descriptor(fd)
 
     def __enter__(self) -> "ServerLoop":
         return self
@@ -180,6 +177,10 @@ class ServerLoop:
             connection.socket.close()
             del self._connections[fd]
             self._core.disconnected(connection.token)
+            # One that closed its writers holds nothing to wait for: a process may connect and close for years.
+            if not self._core.has_leases(connection.token):
+                self._forget(connection)
+                self._send(self._core.exited(connection.token))
 
     def _accept(self) -> None:
         try:

@@ -8,6 +8,7 @@ costs one vectorised pass and one message. The writer holds two chunks of rows, 
 commit of the other is under way. No torch, no Numba. One thread at a time.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from rl_buffer import messages
 from rl_buffer.connection import Channel
 from rl_buffer.episode_ends import Autoreset, final_observation
-from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
 from rl_buffer.messages import Commit
 from rl_buffer.n_step import Windows, assemble, td_errors
 from rl_buffer.samplers import Prioritized
@@ -250,9 +251,14 @@ class ReplayWriter:
         return self
 
     def __exit__(self, exception_type: object, *_: object) -> None:
-        # After an error in the block its own message matters more than what could not be sent any more.
         if exception_type is None:
             self.close()
+        elif not self._closed:
+            self._closed = True
+            # The rows go back, what is staged is dropped; and the block's error matters more than one from here.
+            with contextlib.suppress(RLBufferError):
+                self._call(messages.CloseChannel(self._channel.number))
+            self._channel.close()
 
     # ---- staging -------------------------------------------------------------------------------------------
 

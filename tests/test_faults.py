@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(90)
 
 CAPACITY = 64
 AT_ONCE_S = 5.0  # under load; deadlines that must not be waited for are DEADLINE_S of conftest, 30 s
-TABLE = rb.ReplayTable(NUMBERED_SPEC, capacity=CAPACITY, headroom=128, seed=0)
+TABLE = rb.ReplayTable(NUMBERED_SPEC, capacity=CAPACITY, headroom=128, sampler=rb.Prioritized(), seed=0)
 
 
 def replay_info(client):
@@ -68,7 +68,7 @@ def test_a_writer_killed_half_way_harms_nobody(client, address, children, pipe, 
     os.kill(pid, signal.SIGKILL)
     eventually(lambda: replay_info(client)["reserved_rows"] == 0, timeout_s=1.0)
     assert client.size("replay") == 20
-    assert [session["name"] for session in client.info()["clients"]] == [""]
+    assert len(client.info()["clients"]) == 1
     add_numbers(client, range(20, 20 + 3 * CAPACITY))  # over all rows, its own as well
     assert actions(client) == [7 * number for number in range(20 + 2 * CAPACITY, 20 + 3 * CAPACITY)]
 
@@ -155,14 +155,14 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
     first = clients[0]
     writer = clients[1].writer("limited", num_envs=1, chunk_size=1)
     sampler = clients[2].sampler("replay", batch_size=4)
-    flushed = clients[4].writer("limited", num_envs=1, chunk_size=64)
+    flushed = clients[4].writer("limited", num_envs=1, chunk_size=16)
 
     def add_for_ever():
         while True:
             writer.add(**numbered_row(0))
 
     def flush():
-        for number in range(60):
+        for number in range(16):
             flushed.add(**numbered_row(number))
         flushed.flush()
 
@@ -218,7 +218,7 @@ def test_a_killed_servers_address_serves_again_and_old_clients_learn_of_it(tmp_p
         assert new.size("replay") == 0
         with pytest.raises(rb.ServerLost):
             old.size("replay")
-        with pytest.raises(rb.ServerLost):
+        with pytest.raises(rb.ServerLost), writer:
             for number in range(100):
                 writer.add(**numbered_row(number))
         assert new.size("replay") == 0
@@ -311,7 +311,9 @@ def test_connecting_to_nothing_ends_in_time_and_says_where(tmp_path):
     started_s = time.monotonic()
     for address in (f"ipc://{tmp_path}/nowhere", f"ipc://{tmp_path}"):
         tmp_path.chmod(0o700)
-        with pytest.raises(rb.DeadlineExceeded, match=rf"no server came up at {address} within 0.1 s .*scripts/serve.py"):
+        with pytest.raises(
+            rb.DeadlineExceeded, match=rf"no server came up at {address} within 0.1 s .*scripts/serve.py"
+        ):
             rb.connect(address, timeout_s=0.1)
     assert time.monotonic() - started_s < AT_ONCE_S
 
