@@ -6,10 +6,10 @@
     pure        errors, spec, allocator, kernels, sum_tree, row_set, samplers, rate_limiters, n_step, stats_tracker,
                 tables, replay_table, parameter_slots, episode_ends, address
     memory      storage, peers
-    protocol    messages
-    processes   server_core, server_loop, server          (the server)
-                connection, parameters, writer, batches, sampler, served_buffer, client          (its clients)
-                launch                                    (child processes of a trainer)
+    protocol    frames, messages
+    processes   sessions, server_info, server_core, server_loop, server     (the server)
+                connection, parameters, writer, batches, sampler, served_buffer, client     (its clients)
+                launch                                               (child processes of a trainer)
 """
 
 import importlib

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.address import Address
 from rl_buffer.connection import Channel, Connection
 from rl_buffer.episode_ends import autoreset_mode, num_envs_and_autoreset
@@ -50,6 +50,7 @@ class Client:
         self._connection = connection
         self._control = connection.channel()
         self._lock = threading.Lock()
+        self._publishing = threading.Lock()
         self._num_requests = 0
         self._parameter_sets: dict[str, ParameterSet] = {}
 
@@ -198,11 +199,12 @@ class Client:
         if parameters is None or parameters.fields != fields:
             parameters = ParameterSet(self._connection, name, fields, timeout_s)
             self._parameter_sets[name] = parameters
-        slot = self._call(messages.ReserveParameters(name), timeout_s)
-        assert isinstance(slot, messages.Slot)
-        parameters.write(slot.slot, arrays)
-        published = self._call(messages.PublishParameters(name, slot.slot), timeout_s)
-        assert isinstance(published, messages.Slot)
+        with self._publishing:  # the server grants a slot to the process, not to the thread
+            slot = self._call(messages.ReserveParameters(name), timeout_s)
+            assert isinstance(slot, messages.Slot)
+            parameters.write(slot.slot, arrays)
+            published = self._call(messages.PublishParameters(name, slot.slot), timeout_s)
+            assert isinstance(published, messages.Slot)
         return published.version
 
     def parameters(
@@ -320,7 +322,7 @@ class Client:
                         f"{type(request).__name__}: the server at {self._connection.address} did not answer within "
                         f"{timeout_s} s; it is stopped or overloaded"
                     )
-                if messages.kind_of(frame) != messages.CONTROL:
+                if frames.kind_of(frame) != frames.CONTROL:
                     continue  # a grant or batch that nobody will look at any more: this is CloseChannel
                 answer = messages.decode_control_reply(frame)
                 if answer.request_id == self._num_requests:  # else one that came after its deadline

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import zmq
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.address import Address
 from rl_buffer.errors import (
     Closed,
@@ -91,10 +91,10 @@ class Connection:
             except OSError as error:
                 if isinstance(error, DeadlineExceeded):
                     raise
-                raise ServerLost(f"the server at {self.address} is gone: {error}") from error
+                raise server_lost(self.address) from error
         try:
             if not packet:
-                raise ServerLost(f"the server at {self.address} closed the connection")
+                raise server_lost(self.address)
             yield (
                 messages.decode_attach_reply(packet),
                 lambda info, writable: Segment(fds[info.position], info.nbytes, writable=writable),
@@ -155,7 +155,7 @@ class Channel:
         self._socket.setsockopt(zmq.IDENTITY, connection.token + number.to_bytes(4, "little"))
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_NBYTES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, frames.MAX_MESSAGE_NBYTES)
         self._socket.connect(connection.address.control_endpoint)
         self._server_pidfd = server_pidfd
         self._poller = zmq.Poller()
@@ -187,8 +187,8 @@ class Channel:
         """
         self.connection.check()
         frame = self._receive(timeout_s)
-        if frame is not None and messages.kind_of(frame) == messages.REFUSAL:
-            epoch, reason = messages.decode_refusal(frame)
+        if frame is not None and frames.kind_of(frame) == frames.REFUSAL:
+            epoch, reason = frames.decode_refusal(frame)
             if epoch != self.connection.epoch:  # zmq reconnected by itself to whoever has the address now
                 raise server_lost(self.connection.address)
             raise RequestRefused(reason)

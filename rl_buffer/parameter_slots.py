@@ -42,10 +42,7 @@ class ParameterSlots:
         if self._holder is not None and self._holder != publisher:
             raise InvalidInput("another client is publishing this parameter set; one publisher at a time")
         if self._holder is None:
-            candidates = self._slot_versions.copy()
-            if self.version:
-                candidates[self._board[NEWEST_SLOT]] = np.iinfo(np.int64).max
-            self._held_slot = int(candidates.argmin())
+            self._held_slot = int(self._slot_versions.argmin())  # never the newest: its version is the largest
             self._slot_versions[self._held_slot] = 0  # a reader in the midst of copying it will see this
             self._holder = publisher
         return self._held_slot

@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.batches import ReplayBatch, leaf_views, replay_batch
 from rl_buffer.connection import Channel
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
-from rl_buffer.messages import Credit
+from rl_buffer.frames import Credit
 from rl_buffer.samplers import Prioritized, importance_weights
 from rl_buffer.storage import Segment
 from rl_buffer.tables import ReplayTable, Sample
@@ -98,7 +98,7 @@ class ReplaySampler:
             if frame is None:
                 raise DeadlineExceeded(f"sample from table {self._name!r} waited {timeout_s} s: {self._explain()}")
             self._outstanding -= 1
-            sample = messages.decode_batch(frame).sample
+            sample = frames.decode_batch(frame).sample
             kept = self._gather(sample)
             if kept is not None:
                 return self._hand_out(sample, kept, beta)

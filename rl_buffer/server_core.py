@@ -13,95 +13,29 @@ here, unacknowledged, with the rows that did not pass still reserved.
 """
 
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.allocator import Rows
 from rl_buffer.errors import InvalidInput
-from rl_buffer.messages import Batch, Commit, Envelope, Grant, ReplyEnvelope
+from rl_buffer.frames import Batch, Grant
+from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.parameter_slots import ParameterSlots
 from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.server_info import describe_session, describe_table
+from rl_buffer.sessions import NO_ROWS, PendingCommit, SamplerChannel, ServedTable, Session, WriterChannel
 from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import StatsConfig
 
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
 MAX_CREDITS = 64
+MAX_NAME_LENGTH = 100  # of a client, repeated in every `info`
 MAX_REASON_LENGTH = 1000  # a refusal may quote what a client sent, and `info` repeats the last one to everybody
 
 Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
-_NO_ROWS = np.empty(0, np.int64)
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One attached client process."""
-
-    token: bytes
-    name: str
-    pid: int
-    attached_at_s: float
-    connected: bool = True
-    channels: "dict[bytes, WriterChannel | SamplerChannel]" = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class WriterChannel:
-    """A writer: the rows that it holds, oldest first, and the commits that wait among them."""
-
-    channel_id: bytes
-    session: Session
-    table: "ServedTable"
-    max_commit_rows: int
-    rows: Rows = field(default_factory=lambda: _NO_ROWS)
-    num_rows_pending: int = 0  # of `rows`, the first this many belong to commits that wait for the limiter
-    num_wanted: int = 0  # rows that it will get as soon as there are some
-    sequence_received: int = 0
-    sequence_committed: int = 0
-    num_inserts: int = 0
-    parameter_version: int = 0
-    closing: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class SamplerChannel:
-    """A sampler: leave to send it `num_credits` batches."""
-
-    channel_id: bytes
-    session: Session
-    table: "ServedTable"
-    batch_size: int
-    num_credits: int = 0
-    num_samples: int = 0
-
-    @property
-    def num_spares(self) -> int:
-        """Extra draws per batch, for rows that are overwritten between grant and gather."""
-        return 4 + self.batch_size // 16
-
-
-@dataclass(slots=True, eq=False)
-class PendingCommit:
-    """A commit that the limiter lets pass only in part, or not yet."""
-
-    writer: WriterChannel
-    commit: Commit
-    num_published: int = 0
-
-
-class ServedTable:
-    """A table with those who wait for it. All queues are first come, first served."""
-
-    def __init__(self, name: str, state: ReplayTableState) -> None:
-        self.name = name
-        self.state = state
-        self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
-        self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
-        self.samplers: deque[SamplerChannel] = deque()  # the one whose last batch is longest ago comes first
-        self.num_overtaken = 0
 
 
 class ServerCore:
@@ -127,7 +61,7 @@ class ServerCore:
         """
         if len(self.sessions) >= MAX_SESSIONS:
             raise InvalidInput(f"{MAX_SESSIONS} clients are attached, which is the limit")
-        self.sessions[token] = Session(token, name, pid, now_s)
+        self.sessions[token] = Session(token, name[:MAX_NAME_LENGTH], pid, now_s)
 
     def disconnected(self, token: bytes) -> None:
         """Quarantine: the connection is gone, but the process may still be writing into its rows."""
@@ -183,20 +117,20 @@ class ServerCore:
     def handle(self, channel_id: bytes, frame: bytes, now_s: float) -> Outgoing:
         """Act on one frame, or refuse it whole; never raises for what a client sent."""
         self.num_messages += 1
-        kind = messages.kind_of(frame)
+        kind = frames.kind_of(frame)
         try:
-            session = self.sessions.get(channel_id[: messages.TOKEN_NBYTES])
-            if session is None or len(channel_id) != messages.CHANNEL_ID_NBYTES:
+            session = self.sessions.get(channel_id[: frames.TOKEN_NBYTES])
+            if session is None or len(channel_id) != frames.CHANNEL_ID_NBYTES:
                 raise InvalidInput("this sender is not attached to this server; connect again")
-            if kind == messages.COMMIT:
+            if kind == frames.COMMIT:
                 return self._commit(session, channel_id, frame)
-            if kind == messages.CREDIT:
+            if kind == frames.CREDIT:
                 return self._credit(session, channel_id, frame)
-            if kind == messages.CONTROL:
+            if kind == frames.CONTROL:
                 return self._control(session, channel_id, frame, now_s)
             raise InvalidInput(f"unknown message kind {kind}")
         except InvalidInput as error:
-            return [(channel_id, messages.encode_refusal(self.epoch, self._refused(error)))]
+            return [(channel_id, frames.encode_refusal(self.epoch, self._refused(error)))]
 
     def _refused(self, error: InvalidInput) -> str:
         self.num_refused += 1
@@ -207,7 +141,7 @@ class ServerCore:
         writer = session.channels.get(channel_id)
         if not isinstance(writer, WriterChannel) or writer.closing:
             raise InvalidInput("commit on a channel that is not an open writer")
-        commit = messages.decode_commit(frame)
+        commit = frames.decode_commit(frame)
         self._check_epoch(commit.epoch)
         num_held = len(writer.rows) - writer.num_rows_pending
         if commit.sequence != writer.sequence_received + 1:
@@ -233,7 +167,7 @@ class ServerCore:
         sampler = session.channels.get(channel_id)
         if not isinstance(sampler, SamplerChannel):
             raise InvalidInput("credit on a channel that is not a sampler")
-        credit = messages.decode_credit(frame)
+        credit = frames.decode_credit(frame)
         self._check_epoch(credit.epoch)
         if sampler.num_credits + credit.num_credits > MAX_CREDITS:
             raise InvalidInput(f"{sampler.num_credits} + {credit.num_credits} credits exceed the limit {MAX_CREDITS}")
@@ -246,6 +180,18 @@ class ServerCore:
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
             raise InvalidInput(f"message of epoch {epoch:016x}, but this server is {self.epoch:016x}; connect again")
+
+    def info(self, now_s: float) -> dict[str, Any]:
+        """Tables, clients and parameters in plain values; what `client.info()` returns."""
+        return {
+            "epoch": f"{self.epoch:016x}",
+            "num_messages": self.num_messages,
+            "num_refused": self.num_refused,
+            "last_refusal": self.last_refusal,
+            "tables": {name: describe_table(table) for name, table in self.tables.items()},
+            "parameters": {name: slots.version for name, slots in self.parameters.items()},
+            "clients": [describe_session(session, now_s) for session in self.sessions.values()],
+        }
 
     # ---- progress ------------------------------------------------------------------------------------------
 
@@ -292,7 +238,7 @@ class ServerCore:
         self._want(writer, commit.num_wanted)
         # With rows behind it if there are any, so that the common case is one message.
         is_first = bool(writer.num_wanted) and writer.table.wanting[0] is writer
-        granted = self._take_rows(writer) if is_first else _NO_ROWS
+        granted = self._take_rows(writer) if is_first else NO_ROWS
         outgoing.append((writer.channel_id, Grant(self.epoch, commit.sequence, granted).encode()))
 
     def _want(self, writer: WriterChannel, num_rows: int) -> None:
@@ -304,7 +250,7 @@ class ServerCore:
         """Rows for the writer at the head of the queue, or none while there are too few for all that it wants."""
         allocator = writer.table.state.allocator
         if writer.num_wanted > allocator.num_reservable:
-            return _NO_ROWS
+            return NO_ROWS
         rows = allocator.reserve(writer.num_wanted)
         writer.rows = np.concatenate((writer.rows, rows))
         writer.num_wanted = 0
@@ -358,8 +304,8 @@ class ServerCore:
                         f"a writer of table {name!r} wants to hold {num_wanted} rows, but its headroom is "
                         f"{headroom}; lower chunk_size or num_envs, or raise ReplayTable(headroom=)"
                     )
-                limit = min(table.state.config.capacity, messages.MAX_ROWS_PER_MESSAGE // 2)
-                if max_commit_rows > limit or num_wanted > messages.MAX_ROWS_PER_MESSAGE:
+                limit = min(table.state.config.capacity, frames.MAX_ROWS_PER_MESSAGE // 2)
+                if max_commit_rows > limit or num_wanted > frames.MAX_ROWS_PER_MESSAGE:
                     raise InvalidInput(
                         f"a writer of table {name!r} commits up to {max_commit_rows} rows at once, more than the "
                         f"limit of {limit}; lower chunk_size or num_envs"
@@ -372,7 +318,7 @@ class ServerCore:
             case messages.OpenSampler(channel=number, table=name, batch_size=batch_size):
                 table, channel_id = self._table(name), self._new_channel(session, number)
                 sampler = SamplerChannel(channel_id, session, table, batch_size)
-                limit = messages.MAX_ROWS_PER_MESSAGE * 15 // 16  # leaves room for the spares
+                limit = frames.MAX_ROWS_PER_MESSAGE * 15 // 16  # leaves room for the spares
                 if not 1 <= batch_size <= limit:
                     raise InvalidInput(f"batch_size must be in [1, {limit}], got {batch_size}")
                 table.state.limiter.check_sample_possible(batch_size)
@@ -418,63 +364,6 @@ class ServerCore:
         if len(session.channels) >= MAX_CHANNELS_PER_SESSION:
             raise InvalidInput(f"a client can have {MAX_CHANNELS_PER_SESSION} writers and samplers, which are open")
         return channel_id
-
-    # ---- seeing what goes on -------------------------------------------------------------------------------
-
-    def info(self, now_s: float) -> dict[str, Any]:
-        """Tables, clients and parameters in plain values; what `client.info()` returns."""
-        return {
-            "epoch": f"{self.epoch:016x}",
-            "num_messages": self.num_messages,
-            "num_refused": self.num_refused,
-            "last_refusal": self.last_refusal,
-            "tables": {name: self._table_info(table) for name, table in self.tables.items()},
-            "parameters": {name: slots.version for name, slots in self.parameters.items()},
-            "clients": [self._session_info(session, now_s) for session in self.sessions.values()],
-        }
-
-    def _table_info(self, table: ServedTable) -> dict[str, Any]:
-        state = table.state
-        waiting = [sampler for sampler in table.samplers if sampler.num_credits]
-        waits = []
-        if table.pending:
-            pending = table.pending[0]
-            num_left = pending.commit.num_rows - pending.num_published
-            waits.append(f"{pending.writer.session.name}: {state.limiter.explain_insert(num_left)}")
-        if table.wanting:
-            waits.append(
-                f"{table.wanting[0].session.name}: waits for rows, {state.allocator.num_reserved} of "
-                f"{state.allocator.headroom} are reserved by writers"
-            )
-        if waiting:
-            waits.append(f"{waiting[0].session.name}: {state.limiter.explain_sample(waiting[0].batch_size)}")
-        return {
-            "size": len(state),
-            "capacity": state.config.capacity,
-            "inserts": state.limiter.num_inserts,
-            "samples": state.limiter.num_samples,
-            "deletes": state.limiter.num_deletes,
-            "reserved_rows": state.allocator.num_reserved,
-            "stale_updates": state.num_stale_updates,
-            "overtaken_rows": table.num_overtaken,
-            "waits": waits,
-        }
-
-    def _session_info(self, session: Session, now_s: float) -> dict[str, Any]:
-        writers = [c for c in session.channels.values() if isinstance(c, WriterChannel)]
-        samplers = [c for c in session.channels.values() if isinstance(c, SamplerChannel)]
-        return {
-            "name": session.name,
-            "pid": session.pid,
-            "connected": session.connected,
-            "attached_s": now_s - session.attached_at_s,
-            "writers": len(writers),
-            "samplers": len(samplers),
-            "reserved_rows": sum(len(writer.rows) for writer in writers),
-            "inserts": sum(writer.num_inserts for writer in writers),
-            "samples": sum(sampler.num_samples for sampler in samplers),
-            "parameter_version": max((writer.parameter_version for writer in writers), default=0),
-        }
 
 
 def _channel_id(session: Session, number: int) -> bytes:

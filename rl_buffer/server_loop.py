@@ -13,13 +13,14 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
 import zmq
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.address import Address
 from rl_buffer.errors import InvalidInput, NotEnoughMemory, RLBufferError
 from rl_buffer.messages import ServerConfig, ServerStatus
@@ -38,7 +39,7 @@ _INT64_NBYTES = 8
 
 
 class _Stop(BaseException):
-    """SIGTERM arrived."""
+    """SIGTERM arrived while the server was starting."""
 
 
 @dataclass(slots=True)
@@ -98,16 +99,17 @@ class ServerLoop:
             self._router.setsockopt(zmq.LINGER, 0)
             self._router.setsockopt(zmq.SNDHWM, _SEND_HWM)
             self._router.setsockopt(zmq.RCVHWM, _SEND_HWM)
-            self._router.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_NBYTES)
+            self._router.setsockopt(zmq.MAXMSGSIZE, frames.MAX_MESSAGE_NBYTES)
             self._router.bind(self._address.control_endpoint)
             self._listener.listen(128)  # last: clients look for this one
         finally:
             os.umask(previous_mask)
         self._epoll.register(self._listener, select.EPOLLIN)
 
-    def run(self, parent_pidfd: int) -> None:
-        """Serve until the parent ends."""
-        self._epoll.register(parent_pidfd, select.EPOLLIN)
+    def run(self, ends: Collection[int]) -> None:
+        """Serve until one of the descriptors `ends` is readable."""
+        for fd in ends:
+            self._epoll.register(fd, select.EPOLLIN)
         # epoll inside zmq's poll: however many clients there are, each turn polls two descriptors.
         poller = zmq.Poller()
         poller.register(self._router, zmq.POLLIN)
@@ -118,7 +120,7 @@ class ServerLoop:
                 self._serve_messages()
             if self._epoll.fileno() in ready:
                 for fd, _ in self._epoll.poll(0):
-                    if fd == parent_pidfd:
+                    if fd in ends:
                         return
                     self._serve_descriptor(fd)
 
@@ -232,7 +234,7 @@ class ServerLoop:
         if connection.token:
             raise InvalidInput("Hello was said already")
         # zmq keeps routing ids that begin with a zero byte for itself.
-        token = bytes((1 + secrets.randbelow(255),)) + secrets.token_bytes(messages.TOKEN_NBYTES - 1)
+        token = bytes((1 + secrets.randbelow(255),)) + secrets.token_bytes(frames.TOKEN_NBYTES - 1)
         self._core.attach(token, hello.name, connection.pid, time.monotonic())
         connection.token = token
         tables = {
@@ -327,6 +329,9 @@ def _main() -> None:
     def stop(*_: Any) -> NoReturn:
         raise _Stop
 
+    # A signal that comes just before poll() would be seen after it only, so each one also writes to a pipe.
+    signals_fd, signals_writing_fd = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(signals_writing_fd)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us in order
     # Each client takes five descriptors or more, and libzmq aborts the process when there are none left.
@@ -341,5 +346,6 @@ def _main() -> None:
         _say(ServerStatus(error=str(error), error_class=type(error).__name__))
         raise SystemExit(1) from None
     with loop:
+        signal.signal(signal.SIGTERM, lambda *_: None)  # the pipe is enough, and no message is cut short
         _say(ServerStatus(ready=True))
-        loop.run(parent_pidfd)
+        loop.run((parent_pidfd, signals_fd))

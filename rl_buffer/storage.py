@@ -87,6 +87,7 @@ class OwnedSegment(Segment):
             super().__init__(self.fd, nbytes, writable=True)
             if readers_only:  # after our own mapping, which stays writable
                 fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE)
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SEAL)  # or a client could lock out later ones
         except OSError as error:
             os.close(self.fd)
             raise NotEnoughMemory(f"could not reserve {nbytes:,} bytes for {name}: {error}") from error

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.connection import Channel
 from rl_buffer.episode_ends import Autoreset, final_observation
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
-from rl_buffer.messages import Commit
+from rl_buffer.frames import Commit
 from rl_buffer.n_step import Windows, assemble, td_errors
 from rl_buffer.samplers import Prioritized
 from rl_buffer.spec import flatten
@@ -459,7 +459,7 @@ class ReplayWriter:
         frame = self._channel.receive(timeout_s)
         if frame is None:
             return False
-        grant = messages.decode_grant(frame)
+        grant = frames.decode_grant(frame)
         self._acknowledged = max(self._acknowledged, grant.acknowledged)
         self._reserved = np.concatenate((self._reserved, grant.rows)) if len(self._reserved) else grant.rows
         return True

@@ -7,6 +7,7 @@ import time
 import numpy as np
 
 import rl_buffer as rb
+from rl_buffer import messages
 
 WIDTH = 256  # int64 numbers per observation: wide enough that a gather takes a while
 NUMBERED_SPEC = rb.TransitionSpec(
@@ -119,6 +120,17 @@ def publish_numbers(address, pipe, name, num_elements):
             client.publish_parameters(arrays, name)
             if number == 1:
                 pipe.send("publishing")
+
+
+def publish_half(address, pipe, name):
+    """Reserve a parameter slot, fill it with garbage, and die."""
+    client = rb.connect(address, 30.0)
+    client.parameters(name)
+    slot = client._call(messages.ReserveParameters(name)).slot
+    client._parameter_sets[name].write(slot, {"w": np.full(3, -1.0)})
+    pipe.send("half")
+    pipe.recv()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def publish_once(address, pipe, value):

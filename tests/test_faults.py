@@ -1,5 +1,6 @@
 """What happens when processes die, stop, or are not there: nobody else is harmed, and no wait is endless."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -30,6 +31,11 @@ def add_numbers(client, numbers):
     with client.writer("replay", num_envs=1, chunk_size=8) as writer:
         for number in numbers:
             writer.add(**numbered_row(number))
+
+
+def add_for_ever(writer):
+    while True:
+        writer.add(**numbered_row(0))
 
 
 def actions(client):
@@ -157,10 +163,6 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
     sampler = clients[2].sampler("replay", batch_size=4)
     flushed = clients[4].writer("limited", num_envs=1, chunk_size=16)
 
-    def add_for_ever():
-        while True:
-            writer.add(**numbered_row(0))
-
     def flush():
         for number in range(16):
             flushed.add(**numbered_row(number))
@@ -171,7 +173,7 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
             clients[5].info()
 
     blocking = {
-        "add": add_for_ever,
+        "add": lambda: add_for_ever(writer),
         "sample": sampler.sample,
         "parameters": lambda: clients[3].parameters("policy", timeout_s=30.0),
         "flush": flush,
@@ -186,10 +188,13 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
         except Exception as error:
             raised[name] = (type(error), str(error), time.monotonic() - started_s)
 
-    threads = [threading.Thread(target=run, args=item, daemon=True) for item in blocking.items()]
-    for thread in threads:
-        thread.start()
-    eventually(lambda: first.info()["tables"]["limited"]["waits"] and replay_info(first)["waits"])
+    threads = []
+    for item in blocking.items():
+        threads.append(threading.Thread(target=run, args=item, daemon=True))
+        threads[-1].start()
+        # The first fills the table, so that flush has to wait as well.
+        eventually(lambda: first.info()["tables"]["limited"]["waits"])
+    eventually(lambda: replay_info(first)["waits"])
     os.kill(server.pid, signal.SIGKILL)
     killed_s = time.monotonic()
     for thread in threads:
@@ -219,8 +224,7 @@ def test_a_killed_servers_address_serves_again_and_old_clients_learn_of_it(tmp_p
         with pytest.raises(rb.ServerLost):
             old.size("replay")
         with pytest.raises(rb.ServerLost), writer:
-            for number in range(100):
-                writer.add(**numbered_row(number))
+            add_for_ever(writer)
         assert new.size("replay") == 0
         assert len(new.info()["clients"]) == 1
     assert not (tmp_path / "server").exists()
@@ -291,10 +295,11 @@ def test_a_stopped_server_makes_calls_reach_their_deadline_and_not_more(serve):
             rb.connect(server.address, timeout_s=0.2)
         # Nor when so many wait to be let in that the kernel takes no more.
         path = os.fspath(Path(server.address.removeprefix("ipc://"), "attach.sock"))
-        with pytest.raises(BlockingIOError):
-            while True:
+        with contextlib.suppress(BlockingIOError):
+            while len(backlog) < 1000:
                 backlog.append(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK))
                 backlog[-1].connect(path)
+        assert 100 < len(backlog) < 1000
         with pytest.raises(rb.DeadlineExceeded, match=r"no server came up at .* within 0.2 s"):
             rb.connect(server.address, timeout_s=0.2)
         assert time.monotonic() - started_s < AT_ONCE_S
@@ -311,16 +316,14 @@ def test_connecting_to_nothing_ends_in_time_and_says_where(tmp_path):
     started_s = time.monotonic()
     for address in (f"ipc://{tmp_path}/nowhere", f"ipc://{tmp_path}"):
         tmp_path.chmod(0o700)
-        with pytest.raises(
-            rb.DeadlineExceeded, match=rf"no server came up at {address} within 0.1 s .*scripts/serve.py"
-        ):
+        with pytest.raises(rb.DeadlineExceeded, match=f"no server came up at {address} within 0.1 s .*serve.py"):
             rb.connect(address, timeout_s=0.1)
     assert time.monotonic() - started_s < AT_ONCE_S
 
 
 def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
     tmp_path.chmod(0o777)
-    with pytest.raises(rb.ConnectionRefused, match="mode 0777; expected .* 0700"):
+    with pytest.raises(rb.ConnectionRefused, match=r"mode 0777; expected .* 0700"):
         rb.connect(f"ipc://{tmp_path}", timeout_s=0.1)
     with pytest.raises(rb.ConnectionRefused, match="mode 0777"):
         rb.BufferServer({"replay": TABLE}, f"ipc://{tmp_path}").start()

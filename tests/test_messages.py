@@ -4,9 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.errors import InvalidInput
-from rl_buffer.messages import Batch, Commit, Credit, Envelope, Grant, ReplyEnvelope
+from rl_buffer.frames import Batch, Commit, Credit, Grant
+from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
 from rl_buffer.spec import Field, TransitionSpec
@@ -46,14 +47,14 @@ def same(mine, theirs):
 def test_a_commit_arrives_as_it_was_sent(data, n, epoch, sequence, version, wanted, given_episodes):
     td_errors = data.draw(st.none() | arrays(n, floats64, np.float64))
     commit = Commit(epoch, n, sequence, version, wanted, td_errors, given_episodes)
-    assert same(commit, messages.decode_commit(commit.encode()))
+    assert same(commit, frames.decode_commit(commit.encode()))
 
 
 @given(st.data(), st.integers(0, 5), u64, u64)
 @settings(derandomize=True)
 def test_a_grant_arrives_as_it_was_sent(data, n, epoch, acknowledged):
     grant = Grant(epoch, acknowledged, data.draw(arrays(n, int64s, np.int64)))
-    assert same(grant, messages.decode_grant(grant.encode()))
+    assert same(grant, frames.decode_grant(grant.encode()))
 
 
 @given(st.data(), st.integers(0, 5), u64, u32, u32)
@@ -61,7 +62,7 @@ def test_a_grant_arrives_as_it_was_sent(data, n, epoch, acknowledged):
 def test_a_credit_arrives_as_it_was_sent(data, n, epoch, num_credits, num_overtaken):
     rows, generations = (data.draw(arrays(n, int64s, np.int64)) for _ in range(2))
     credit = Credit(epoch, num_credits, num_overtaken, rows, generations, data.draw(arrays(n, floats64, np.float64)))
-    assert same(credit, messages.decode_credit(credit.encode()))
+    assert same(credit, frames.decode_credit(credit.encode()))
 
 
 @given(st.data(), st.integers(0, 5), u64, u32, floats64, st.integers(0, 2**63 - 1))
@@ -70,13 +71,13 @@ def test_a_batch_arrives_as_it_was_sent(data, n, epoch, batch_size, total, num_i
     rows, generations = (data.draw(arrays(n, int64s, np.int64)) for _ in range(2))
     sample = Sample(rows, generations, data.draw(arrays(n, floats64, np.float64)), total, num_items)
     batch = Batch(epoch, batch_size, sample)
-    assert same(batch, messages.decode_batch(batch.encode()))
+    assert same(batch, frames.decode_batch(batch.encode()))
 
 
 @given(u64, st.text(max_size=20))
 @settings(derandomize=True)
 def test_a_refusal_arrives_as_it_was_sent(epoch, reason):
-    assert messages.decode_refusal(messages.encode_refusal(epoch, reason)) == (epoch, reason)
+    assert frames.decode_refusal(frames.encode_refusal(epoch, reason)) == (epoch, reason)
 
 
 REQUESTS = [
@@ -153,14 +154,14 @@ def test_parameters_of_a_thousand_tensors_fit_one_packet():
 
 
 def test_the_largest_commit_and_credit_fit_one_message():
-    n = messages.MAX_ROWS_PER_MESSAGE
+    n = frames.MAX_ROWS_PER_MESSAGE
     td_errors, rows = np.zeros(n), np.zeros(n, np.int64)
-    assert len(Commit(1, n, 1, 0, 0, td_errors, []).encode()) <= messages.MAX_MESSAGE_NBYTES
-    assert len(Credit(1, 1, 0, rows, rows, td_errors).encode()) <= messages.MAX_MESSAGE_NBYTES
+    assert len(Commit(1, n, 1, 0, 0, td_errors, []).encode()) <= frames.MAX_MESSAGE_NBYTES
+    assert len(Credit(1, 1, 0, rows, rows, td_errors).encode()) <= frames.MAX_MESSAGE_NBYTES
 
 
 @pytest.mark.parametrize(
-    "decode", [messages.decode_commit, messages.decode_credit, messages.decode_grant, messages.decode_batch]
+    "decode", [frames.decode_commit, frames.decode_credit, frames.decode_grant, frames.decode_batch]
 )
 def test_a_frame_shorter_than_its_header_is_refused(decode):
     with pytest.raises(InvalidInput, match="message of 5 bytes is shorter than its header of"):
@@ -168,7 +169,7 @@ def test_a_frame_shorter_than_its_header_is_refused(decode):
 
 
 @pytest.mark.parametrize(
-    "decode", [messages.decode_commit, messages.decode_credit, messages.decode_grant, messages.decode_batch]
+    "decode", [frames.decode_commit, frames.decode_credit, frames.decode_grant, frames.decode_batch]
 )
 def test_more_rows_than_the_limit_are_refused_before_they_are_looked_for(decode):
     with pytest.raises(InvalidInput, match="message names 262145 rows, more than the limit of 262144"):
@@ -181,13 +182,13 @@ def test_a_credit_whose_length_is_not_what_its_counts_say_is_refused(change):
     frame = Credit(1, 1, 0, one, one, np.ones(2)).encode()
     frame = frame[:change] if change < 0 else frame + bytes(change)
     with pytest.raises(InvalidInput, match=f"message has {len(frame)} bytes, its counts say 72"):
-        messages.decode_credit(frame)
+        frames.decode_credit(frame)
 
 
 def test_a_commit_without_all_its_td_errors_is_refused():
     frame = Commit(1, 3, 1, 0, 0, np.zeros(3), []).encode()
     with pytest.raises(InvalidInput, match="too short for 3 elements"):
-        messages.decode_commit(frame[:-1])
+        frames.decode_commit(frame[:-1])
 
 
 @pytest.mark.parametrize(
@@ -195,7 +196,7 @@ def test_a_commit_without_all_its_td_errors_is_refused():
 )
 def test_a_commit_with_a_tail_that_is_no_list_of_episodes_is_refused(tail):
     with pytest.raises(InvalidInput, match="malformed message"):
-        messages.decode_commit(Commit(1, 0, 1, 0, 0, None, []).encode() + tail)
+        frames.decode_commit(Commit(1, 0, 1, 0, 0, None, []).encode() + tail)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_a_commit_with_a_tail_that_is_no_list_of_episodes_is_refused(tail):
     ids=str,
 )
 def test_a_request_that_is_none_is_refused(request_):
-    frame = bytes((messages.CONTROL,)) + msgspec.msgpack.encode((1, 1, request_))
+    frame = bytes((frames.CONTROL,)) + msgspec.msgpack.encode((1, 1, request_))
     with pytest.raises(InvalidInput, match="malformed message"):
         messages.decode_control_request(frame)
 
@@ -237,13 +238,13 @@ def test_parameters_with_a_field_that_cannot_be_are_refused_as_malformed(shape_a
 
 
 def test_an_empty_frame_has_no_kind():
-    assert messages.kind_of(b"") == 0
-    kinds = [messages.CONTROL, messages.COMMIT, messages.GRANT, messages.CREDIT, messages.BATCH, messages.REFUSAL]
+    assert frames.kind_of(b"") == 0
+    kinds = [frames.CONTROL, frames.COMMIT, frames.GRANT, frames.CREDIT, frames.BATCH, frames.REFUSAL]
     assert len(set(kinds) | {0}) == 7
 
 
 def test_arrays_of_a_message_are_views_of_it():
-    credit = messages.decode_credit(Credit(1, 1, 0, np.ones(2, np.int64), np.ones(2, np.int64), np.ones(2)).encode())
+    credit = frames.decode_credit(Credit(1, 1, 0, np.ones(2, np.int64), np.ones(2, np.int64), np.ones(2)).encode())
     for array in credit[3:]:
         assert not array.flags.writeable
         assert array.flags.aligned

@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
 
-from rl_buffer import messages
+from rl_buffer import frames, messages
 from rl_buffer.errors import InvalidInput
-from rl_buffer.messages import Batch, Commit, Credit, Envelope, Grant
+from rl_buffer.frames import Batch, Commit, Credit, Grant
+from rl_buffer.messages import Envelope
 from rl_buffer.parameter_slots import BOARD_LENGTH, ParameterSlots
 from rl_buffer.rate_limiters import MinSize, RateLimiter, SampleToInsertRatio
 from rl_buffer.replay_table import ReplayTableState
@@ -27,7 +28,7 @@ SPEC = TransitionSpec(obs=Field((1,)), action=Field((1,)))
 
 
 def token(number):
-    return bytes([number + 1]) * messages.TOKEN_NBYTES
+    return bytes([number + 1]) * frames.TOKEN_NBYTES
 
 
 def channel_id(session, number):
@@ -66,7 +67,7 @@ class Client:
         out = self.core.handle(self.id(0), messages.encode_control(Envelope(7, epoch, request)), 0.0)
         (receiver, frame), *others = out
         assert receiver == self.id(0)
-        assert messages.kind_of(frame) == messages.CONTROL
+        assert frames.kind_of(frame) == frames.CONTROL
         reply = messages.decode_control_reply(frame)
         assert (reply.request_id, reply.epoch) == (7, EPOCH)
         return reply.reply, decoded(others)
@@ -99,12 +100,12 @@ class Client:
 
 def decoded(outgoing):
     decoders = {
-        messages.GRANT: messages.decode_grant,
-        messages.BATCH: messages.decode_batch,
-        messages.REFUSAL: lambda frame: messages.decode_refusal(frame)[1],
-        messages.CONTROL: messages.decode_control_reply,
+        frames.GRANT: frames.decode_grant,
+        frames.BATCH: frames.decode_batch,
+        frames.REFUSAL: lambda frame: frames.decode_refusal(frame)[1],
+        frames.CONTROL: messages.decode_control_reply,
     }
-    return [(receiver, decoders[messages.kind_of(frame)](frame)) for receiver, frame in outgoing]
+    return [(receiver, decoders[frames.kind_of(frame)](frame)) for receiver, frame in outgoing]
 
 
 def reason(events):
@@ -284,7 +285,7 @@ def test_a_sender_that_is_not_attached_is_refused(sender):
     ):
         ((receiver, answer),) = core.handle(sender, frame, 0.0)
         assert receiver == sender
-        epoch, text = messages.decode_refusal(answer)
+        epoch, text = frames.decode_refusal(answer)
         assert epoch == EPOCH
         assert "not attached" in text
     assert snapshot(core) == before
@@ -349,7 +350,7 @@ def test_a_writer_whose_commits_could_not_fit_the_table_is_refused():
 
 
 def test_a_grant_never_names_more_rows_than_a_client_can_decode():
-    most = messages.MAX_ROWS_PER_MESSAGE
+    most = frames.MAX_ROWS_PER_MESSAGE
     client = Client(make_core(replay={"capacity": 2 * most, "headroom": 2 * most}))
     reply, _ = client.ask(messages.OpenWriter(1, "replay", 1, most + 1))
     assert "limit" in reply.reason
@@ -380,9 +381,9 @@ def test_the_numbers_of_clients_and_channels_are_limited():
     reply, _ = clients[0].ask(messages.OpenSampler(MAX_CHANNELS_PER_SESSION, "replay", 1))
     assert "256 writers and samplers" in reply.reason
     for number in range(1, MAX_SESSIONS):
-        core.attach(number.to_bytes(messages.TOKEN_NBYTES, "big"), "", number, 0.0)
+        core.attach(number.to_bytes(frames.TOKEN_NBYTES, "big"), "", number, 0.0)
     with pytest.raises(InvalidInput, match="1024 clients are attached"):
-        core.attach(b"t" * messages.TOKEN_NBYTES, "", 1, 0.0)
+        core.attach(b"t" * frames.TOKEN_NBYTES, "", 1, 0.0)
 
 
 def test_a_refusal_does_not_repeat_all_that_a_client_sent():
@@ -537,6 +538,14 @@ def test_a_sampler_without_credits_gets_nothing():
     assert len(batches(client.credit(channel=2, num_credits=MAX_CREDITS))) == MAX_CREDITS
 
 
+def test_the_limit_of_credits_counts_those_that_still_wait():
+    client = Client(make_core())
+    client.open_sampler()
+    assert client.credit(num_credits=MAX_CREDITS - 1) == []
+    assert reason(client.credit(num_credits=2)) == "63 + 2 credits exceed the limit 64"
+    assert client.credit(num_credits=1) == []
+
+
 # ---- ends --------------------------------------------------------------------------------------------------
 
 
@@ -550,7 +559,7 @@ def test_an_exited_client_frees_its_rows_and_publishes_nothing():
     core.disconnected(token(0))
     assert core.tables["replay"].state.allocator.num_reserved == 4, "quarantined: it may still be writing"
     ((receiver, frame),) = core.exited(token(0))
-    assert (receiver, len(messages.decode_grant(frame).rows)) == (alive.id(1), 6)
+    assert (receiver, len(frames.decode_grant(frame).rows)) == (alive.id(1), 6)
     assert len(core.tables["replay"].state) == 4
     assert core.tables["replay"].state.allocator.num_reserved == 6
     assert core.exited(token(0)) == []
@@ -615,6 +624,28 @@ def test_closing_something_that_is_not_open_changes_nothing():
     before = snapshot(core)
     assert client.ask(messages.CloseChannel(99)) == (messages.Opened(), [])
     assert snapshot(core) == before
+
+
+def test_a_client_has_a_lease_while_it_has_a_writer_or_a_parameter_slot():
+    core = make_core(replay=RATIO)
+    core.parameters["policy"] = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
+    client, other = Client(core, 0), Client(core, 1)
+    client.open_sampler(channel=2, batch_size=1)
+    assert not core.has_leases(token(0))
+    client.open_writer(channel=1, max_commit_rows=4, num_wanted=8)
+    client.commit(num_rows=4, num_wanted=0)
+    client.commit(num_rows=1, num_wanted=0)
+    client.ask(messages.CloseChannel(1))
+    assert core.has_leases(token(0)), "a closed writer's commit is still to be published"
+    client.credit(channel=2)
+    assert not core.has_leases(token(0))
+    slot, _ = client.ask(messages.ReserveParameters("policy"))
+    assert (core.has_leases(token(0)), core.has_leases(token(1))) == (True, False)
+    client.ask(messages.PublishParameters("policy", slot.slot))
+    assert not core.has_leases(token(0))
+    core.exited(token(0))
+    assert not core.has_leases(token(0))
+    assert not core.has_leases(token(other.number))
 
 
 def test_clear_empties_the_table_and_keeps_reservations():
@@ -1132,7 +1163,7 @@ def test_a_truncated_frame_is_refused_or_a_shorter_valid_one(channel, frame):
     for length in range(len(frame)):
         if not feed(core, channel_id(0, channel), frame[:length]):
             # Of a commit's tail nothing may be left: that is a commit without episodes.
-            assert frame[0] == messages.COMMIT
+            assert frame[0] == frames.COMMIT
             core = busy_core()
 
 
@@ -1149,12 +1180,12 @@ def test_flipped_bits_never_break_the_tables(valid, flips):
 
 
 @given(
-    st.sampled_from([messages.COMMIT, messages.CREDIT]),
+    st.sampled_from([frames.COMMIT, frames.CREDIT]),
     st.lists(st.sampled_from([0, 1, 2, 3, 2**16, 2**18, 2**18 + 1, 2**31, 2**32 - 1]), min_size=9, max_size=9),
     st.sampled_from([EPOCH, 0, 2**64 - 1]),
     st.integers(0, 64),
 )
-@example(messages.CREDIT, [0, 0, 2**32 - 1, 0, 0, 0, 0, 0, 0], EPOCH, 0)
+@example(frames.CREDIT, [0, 0, 2**32 - 1, 0, 0, 0, 0, 0, 0], EPOCH, 0)
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_huge_counts_are_refused(kind, words, epoch, num_more):
     frame = struct.pack("<B3xIQ7I", kind, words[0], epoch, *words[1:8]) + bytes(num_more)
@@ -1182,8 +1213,8 @@ def test_msgpack_that_is_deep_or_promises_too_much_is_refused(payload):
     for channel, frame in (
         (3, episodes + payload),
         (3, episodes + b"\x91\x95\x00\xcb" + bytes(8) + b"\x01" + payload),
-        (0, bytes((messages.CONTROL,)) + payload),
-        (0, bytes((messages.CONTROL,)) + head + payload),
-        (0, bytes((messages.CONTROL,)) + head + b"\x82\xa4type\xa7GetSize\xa5table" + payload),
+        (0, bytes((frames.CONTROL,)) + payload),
+        (0, bytes((frames.CONTROL,)) + head + payload),
+        (0, bytes((frames.CONTROL,)) + head + b"\x82\xa4type\xa7GetSize\xa5table" + payload),
     ):
         assert feed(core, channel_id(0, channel), frame)

@@ -8,7 +8,7 @@ import pytest
 from episode_envs import GAMMA, SPEC, EpisodeEnv, EpisodeEnvs, committed_leaves, expected_rows, stored_rows
 
 import rl_buffer as rb
-from rl_buffer import messages
+from rl_buffer import frames
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -276,7 +276,7 @@ def masses(client, name):
     """obs[2] (a number that the test gave the step) -> mass of its row, from one large draw."""
     with client.sampler(name, batch_size=4096, prefetch=0) as sampler:
         sampler._ask(1)
-        sample = messages.decode_batch(sampler._channel.receive(10.0)).sample
+        sample = frames.decode_batch(sampler._channel.receive(10.0)).sample
     config = client.tables[name]
     views = config.layout.view(client._connection.segments[name][0].buffer, config.num_rows)
     numbers = views["observations"][sample.rows, 2].tolist()

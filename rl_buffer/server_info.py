@@ -1,0 +1,52 @@
+"""What goes on in the server, in plain values: the parts of `client.info()`."""
+
+from typing import Any
+
+from rl_buffer.sessions import SamplerChannel, ServedTable, Session, WriterChannel
+
+
+def describe_table(table: ServedTable) -> dict[str, Any]:
+    """Contents, counters, and a sentence for whoever is first in each queue."""
+    state = table.state
+    waiting = [sampler for sampler in table.samplers if sampler.num_credits]
+    waits = []
+    if table.pending:
+        pending = table.pending[0]
+        num_left = pending.commit.num_rows - pending.num_published
+        waits.append(f"{pending.writer.session.name}: {state.limiter.explain_insert(num_left)}")
+    if table.wanting:
+        waits.append(
+            f"{table.wanting[0].session.name}: waits for rows, {state.allocator.num_reserved} of "
+            f"{state.allocator.headroom} are reserved by writers"
+        )
+    if waiting:
+        waits.append(f"{waiting[0].session.name}: {state.limiter.explain_sample(waiting[0].batch_size)}")
+    return {
+        "size": len(state),
+        "capacity": state.config.capacity,
+        "inserts": state.limiter.num_inserts,
+        "samples": state.limiter.num_samples,
+        "deletes": state.limiter.num_deletes,
+        "reserved_rows": state.allocator.num_reserved,
+        "stale_updates": state.num_stale_updates,
+        "overtaken_rows": table.num_overtaken,
+        "waits": waits,
+    }
+
+
+def describe_session(session: Session, now_s: float) -> dict[str, Any]:
+    """One client and the sums over its writers and samplers."""
+    writers = [c for c in session.channels.values() if isinstance(c, WriterChannel)]
+    samplers = [c for c in session.channels.values() if isinstance(c, SamplerChannel)]
+    return {
+        "name": session.name,
+        "pid": session.pid,
+        "connected": session.connected,
+        "attached_s": now_s - session.attached_at_s,
+        "writers": len(writers),
+        "samplers": len(samplers),
+        "reserved_rows": sum(len(writer.rows) for writer in writers),
+        "inserts": sum(writer.num_inserts for writer in writers),
+        "samples": sum(sampler.num_samples for sampler in samplers),
+        "parameter_version": max((writer.parameter_version for writer in writers), default=0),
+    }

@@ -1,0 +1,80 @@
+"""Who is attached to the server, what each holds, and who waits where. Plain state; `server_core` changes it."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rl_buffer.allocator import Rows
+from rl_buffer.frames import Commit
+from rl_buffer.replay_table import ReplayTableState
+
+NO_ROWS = np.empty(0, np.int64)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One attached client process."""
+
+    token: bytes
+    name: str
+    pid: int
+    attached_at_s: float
+    connected: bool = True
+    channels: "dict[bytes, WriterChannel | SamplerChannel]" = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class WriterChannel:
+    """A writer: the rows that it holds, oldest first, and the commits that wait among them."""
+
+    channel_id: bytes
+    session: Session
+    table: "ServedTable"
+    max_commit_rows: int
+    rows: Rows = field(default_factory=lambda: NO_ROWS)
+    num_rows_pending: int = 0  # of `rows`, the first this many belong to commits that wait for the limiter
+    num_wanted: int = 0  # rows that it will get as soon as there are some
+    sequence_received: int = 0
+    sequence_committed: int = 0
+    num_inserts: int = 0
+    parameter_version: int = 0
+    closing: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class SamplerChannel:
+    """A sampler: leave to send it `num_credits` batches."""
+
+    channel_id: bytes
+    session: Session
+    table: "ServedTable"
+    batch_size: int
+    num_credits: int = 0
+    num_samples: int = 0
+
+    @property
+    def num_spares(self) -> int:
+        """Extra draws per batch, for rows that are overwritten between grant and gather."""
+        return 4 + self.batch_size // 16
+
+
+@dataclass(slots=True, eq=False)
+class PendingCommit:
+    """A commit that the limiter lets pass only in part, or not yet."""
+
+    writer: WriterChannel
+    commit: Commit
+    num_published: int = 0
+
+
+class ServedTable:
+    """A table with those who wait for it. All queues are first come, first served."""
+
+    def __init__(self, name: str, state: ReplayTableState) -> None:
+        self.name = name
+        self.state = state
+        self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
+        self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
+        self.samplers: deque[SamplerChannel] = deque()  # the one whose last batch is longest ago comes first
+        self.num_overtaken = 0
