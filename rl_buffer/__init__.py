@@ -4,7 +4,7 @@
 
     layer       modules
     pure        errors, spec, allocator, kernels, sum_tree, row_set, samplers, rate_limiters, n_step, stats_tracker,
-                tables, replay_table, parameter_slots, episode_ends, address
+                tables, inputs, episode_ends, step_history, replay_table, parameter_slots, address
     memory      storage, peers
     protocol    frames, messages
     processes   sessions, server_info, server_core, server_loop, server     (the server)

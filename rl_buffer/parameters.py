@@ -74,7 +74,7 @@ class ParameterSet:
         while True:
             slot = int(self._board[NEWEST_SLOT])
             version = int(self._board[FIRST_SLOT_VERSION + slot])
-            arrays = {key: np.array(views[slot]) for key, views in self._slots.items()}
+            arrays = {key: np.array(self._slots[key][slot]) for key in self.fields}  # in the publisher's order
             if version and self._board[FIRST_SLOT_VERSION + slot] == version:
                 return version, arrays
             if time.monotonic() > deadline_s:
@@ -85,8 +85,10 @@ def as_arrays(state_dict: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
     """NumPy arrays of tensors on any device, or of arrays.
 
     Raises:
-        InvalidInput: an entry is neither, or has a dtype that cannot be stored.
+        InvalidInput: there is no entry, or one is neither, or has a dtype that cannot be stored.
     """
+    if not state_dict:
+        raise InvalidInput("parameters: expected a mapping with at least one tensor or array, got an empty one")
     arrays: dict[str, NDArray[Any]] = {}
     for key, value in state_dict.items():
         if hasattr(value, "detach"):

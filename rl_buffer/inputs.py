@@ -1,0 +1,88 @@
+"""What users hand in, checked and copied: arrays, tensors and scalars for E environments.
+
+Every function either writes all of `target` or raises an InvalidInput that names the argument, what came and what was
+expected. No torch: a tensor is known by its face.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.errors import InvalidInput
+
+LARGEST_NUMBER = 1e34  # of rewards and values: the sum of 1024 steps, the most n_step can be, is still a float32
+
+
+def as_numpy(value: Any) -> NDArray[Any]:
+    """An array of a tensor on any device, a list or a scalar; arrays are passed through."""
+    if type(value) is np.ndarray:
+        return value
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    return np.asarray(value)
+
+
+def copy_array(argument: str, target: NDArray[Any], value: Any) -> None:
+    """Copy into `target` [E, *shape]; E = 1 may be left out, (E, 1) serves for (E,), floats must be finite."""
+    _copy(argument, target, value)
+    # A sum of squares is finite unless an element is not or is huge; only then look at each one. (A sum of infinities
+    # of both signs would warn.)
+    if target.dtype.kind == "f" and not math.isfinite(_sum_of_squares(target)):
+        bad = np.argwhere(~np.isfinite(target))
+        if len(bad):
+            raise InvalidInput(
+                f"{argument} is {target[tuple(bad[0])]} at {tuple(bad[0].tolist())}; expected finite numbers"
+            )
+
+
+def copy_numbers(argument: str, target: NDArray[np.float64], value: Any) -> None:
+    """Copy rewards or values, (E,) or (E, 1), into `target` [E]; within +-LARGEST_NUMBER."""
+    _copy(argument, target, value)
+    if not _sum_of_squares(target) <= LARGEST_NUMBER**2:  # NaN fails too
+        bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER))
+        if len(bad):
+            raise InvalidInput(
+                f"{argument} is {target[bad[0]]} at ({bad[0]},); expected finite numbers within +-{LARGEST_NUMBER:.0e}"
+            )
+
+
+def as_flags(argument: str, value: Any, num_envs: int) -> NDArray[np.bool_]:
+    """A new bool array [E] of bool or 0/1, (E,) or (E, 1); None is all False."""
+    if value is None:
+        return np.zeros(num_envs, np.bool_)
+    array = as_numpy(value)
+    if array.shape != (num_envs,):
+        if array.shape not in _same_rows((num_envs,)):
+            raise InvalidInput(f"{argument} has shape {array.shape}, expected ({num_envs},)")
+        array = array.reshape(num_envs)
+    if array.dtype == np.bool_:
+        return array.copy()
+    flags: NDArray[np.bool_] = array != 0
+    if not ((array == 1) | ~flags).all():
+        raise InvalidInput(f"{argument} must be bool, 0 or 1, got {array}")
+    return flags
+
+
+def _copy(argument: str, target: NDArray[Any], value: Any) -> None:
+    array = as_numpy(value)
+    if array.shape != target.shape:
+        if array.size != target.size or array.shape not in _same_rows(target.shape):
+            raise InvalidInput(f"{argument} has shape {array.shape}, expected {target.shape}")
+        array = array.reshape(target.shape)
+    if array.dtype != target.dtype and not np.can_cast(array.dtype, target.dtype, "same_kind"):
+        raise InvalidInput(f"{argument} has dtype {array.dtype}, expected {target.dtype}")
+    target[...] = array
+
+
+def _sum_of_squares(array: NDArray[Any]) -> float:
+    flat = array.reshape(-1)
+    return float(np.dot(flat, flat))
+
+
+def _same_rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+    """Shapes that mean the same: (E, 1) for (E,), and without E for one environment."""
+    if len(shape) == 1:
+        return ((*shape, 1), ()) if shape[0] == 1 else ((*shape, 1),)
+    return (shape[1:],) if shape and shape[0] == 1 else ()
