@@ -1,0 +1,179 @@
+"""Drives a `ServerCore` with real frames, no sockets, and compares everything that it knows."""
+
+import dataclasses
+
+import msgspec
+import numpy as np
+
+from rl_buffer import frames, messages
+from rl_buffer.frames import Batch, Commit, Credit, Grant
+from rl_buffer.messages import Envelope
+from rl_buffer.rate_limiters import SampleToInsertRatio
+from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.server_core import ServerCore
+from rl_buffer.spec import Field, TransitionSpec
+from rl_buffer.tables import ReplayTable, StatsConfig
+
+EPOCH = 0x1234_5678_9ABC_DEF0
+SPEC = TransitionSpec(obs=Field((1,)), action=Field((1,)))
+
+
+RATIO = {"rate_limiter": SampleToInsertRatio(1.0, 2, (0.0, 4.0))}
+
+
+def token(number):
+    return bytes([number + 1]) * frames.TOKEN_NBYTES
+
+
+def channel_id(session, number):
+    return token(session) + number.to_bytes(4, "little")
+
+
+def ints(*values):
+    return np.array(values, np.int64)
+
+
+def floats(*values):
+    return np.array(values, np.float64)
+
+
+def make_core(**tables):
+    tables = tables or {"replay": {}}
+    states = {}
+    for name, arguments in tables.items():
+        config = ReplayTable(SPEC, **{"capacity": 8, "headroom": 8, "seed": 0} | arguments)
+        states[name] = ReplayTableState(config, np.zeros(config.num_rows, np.int64))
+    return ServerCore(EPOCH, states, StatsConfig())
+
+
+class Client:
+    """One attached process: encodes requests, decodes what comes back."""
+
+    def __init__(self, core, number=0):
+        self.core, self.number = core, number
+        self.sequences, self.rows = {}, {}
+        core.attach(token(number), f"client-{number}", 1000 + number, 0.0)
+
+    def id(self, channel):
+        return channel_id(self.number, channel)
+
+    def ask(self, request, epoch=EPOCH):
+        out = self.core.handle(self.id(0), messages.encode_control(Envelope(7, epoch, request)), 0.0)
+        (receiver, frame), *others = out
+        assert receiver == self.id(0)
+        assert frames.kind_of(frame) == frames.CONTROL
+        reply = messages.decode_control_reply(frame)
+        assert (reply.request_id, reply.epoch) == (7, EPOCH)
+        return reply.reply, decoded(others)
+
+    def open_writer(self, channel=1, table="replay", max_commit_rows=2, num_wanted=4):
+        reply, events = self.ask(messages.OpenWriter(channel, table, max_commit_rows, num_wanted))
+        assert reply == messages.Opened(), reply
+        self.sequences[channel] = 0
+        self.rows[channel] = []
+        for receiver, grant in events:
+            if receiver == self.id(channel):
+                self.rows[channel] += grant.rows.tolist()
+        return events
+
+    def open_sampler(self, channel=1, table="replay", batch_size=1):
+        reply, events = self.ask(messages.OpenSampler(channel, table, batch_size))
+        assert reply == messages.Opened(), reply
+        return events
+
+    def commit(self, channel=1, num_rows=1, num_wanted=None, **changes):
+        self.sequences[channel] += 1
+        wanted = num_rows if num_wanted is None else num_wanted
+        commit = Commit(EPOCH, num_rows, self.sequences[channel], 0, wanted, None, [])
+        return decoded(self.core.handle(self.id(channel), commit._replace(**changes).encode(), 0.0))
+
+    def credit(self, channel=1, num_credits=1, rows=(), generations=(), td_errors=(), **changes):
+        credit = Credit(EPOCH, num_credits, 0, ints(*rows), ints(*generations), floats(*td_errors))
+        return decoded(self.core.handle(self.id(channel), credit._replace(**changes).encode(), 0.0))
+
+
+def decoded(outgoing):
+    decoders = {
+        frames.GRANT: frames.decode_grant,
+        frames.BATCH: frames.decode_batch,
+        frames.REFUSAL: lambda frame: frames.decode_refusal(frame)[1],
+        frames.CONTROL: messages.decode_control_reply,
+    }
+    return [(receiver, decoders[frames.kind_of(frame)](frame)) for receiver, frame in outgoing]
+
+
+def reason(events):
+    """The text of the only message, which is a refusal."""
+    ((_, text),) = events
+    assert isinstance(text, str), f"not refused: {text}"
+    return text
+
+
+def acknowledged(events):
+    return [(receiver, grant.acknowledged) for receiver, grant in events if isinstance(grant, Grant)]
+
+
+def batches(events):
+    return [(receiver, batch.batch_size) for receiver, batch in events if isinstance(batch, Batch)]
+
+
+def plain(value):
+    """A comparable copy of a part of the server's state."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if dataclasses.is_dataclass(value) or isinstance(value, msgspec.Struct):
+        names = [f.name for f in (dataclasses if dataclasses.is_dataclass(value) else msgspec.structs).fields(value)]
+        return {name: plain(getattr(value, name)) for name in names if name not in ("session", "table", "writer")}
+    return value
+
+
+def snapshot(core):
+    """Everything that a refused message must leave as it was."""
+    info = {k: v for k, v in core.info(0.0).items() if k not in ("num_messages", "num_refused", "last_refusal")}
+    tables = {}
+    for name, table in core.tables.items():
+        state = table.state
+        sampler = state._sampler
+        rows = np.arange(state.config.num_rows)
+        tables[name] = {
+            "committed": state.allocator.committed().tolist(),
+            "free": state.allocator._free.peek(len(state.allocator._free)).tolist(),
+            "generations": state.generations.tolist(),
+            "masses": sampler.masses_of(rows).tolist()
+            if hasattr(sampler, "masses_of")
+            else sampler._live.members.tolist(),
+            "random": state._rng.bit_generator.state,
+            "limiter": dict(vars(state.limiter)),
+            "pending": [(p.writer.channel_id, p.commit.sequence, p.num_published) for p in table.pending],
+            "wanting": [writer.channel_id for writer in table.wanting],
+            "samplers": [sampler.channel_id for sampler in table.samplers],
+            "overtaken": table.num_overtaken,
+        }
+    sessions = {
+        session.token: (session.connected, {key: plain(channel) for key, channel in session.channels.items()})
+        for session in core.sessions.values()
+    }
+    boards = {name: slots._board.tolist() for name, slots in core.parameters.items()}
+    return info, tables, sessions, boards, core.stats.get_raw_values(), core.stats.get_statistics()
+
+
+def check_tables(core):
+    """What holds at every moment, whatever clients sent."""
+    for table in core.tables.values():
+        state, allocator = table.state, table.state.allocator
+        held = [
+            channel.rows.tolist()
+            for session in core.sessions.values()
+            for channel in session.channels.values()
+            if channel.table is table and hasattr(channel, "rows")
+        ]
+        committed = allocator.committed().tolist()
+        free = allocator._free.peek(len(allocator._free)).tolist()
+        everything = sorted(sum(held, committed + free))
+        assert everything == list(range(state.config.num_rows)), "a row is lost or owned twice"
+        assert sum(map(len, held)) == allocator.num_reserved <= allocator.headroom
+        assert len(committed) <= allocator.capacity
+        assert np.flatnonzero(state.generations % 2).tolist() == sorted(committed)
+        assert state._sampler.num_items == len(committed) == state.limiter.size
+        assert all(writer.num_wanted for writer in table.wanting)
+    msgspec.msgpack.encode(core.info(0.0))
