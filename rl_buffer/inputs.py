@@ -29,7 +29,7 @@ def copy_array(argument: str, target: NDArray[Any], value: Any) -> None:
     _copy(argument, target, value)
     # A sum of squares is finite unless an element is not or is huge; only then look at each one. (A sum of infinities
     # of both signs would warn.)
-    if target.dtype.kind == "f" and not math.isfinite(_sum_of_squares(target)):
+    if target.dtype.kind == "f" and not math.isfinite(np.vdot(target, target)):
         bad = np.argwhere(~np.isfinite(target))
         if len(bad):
             raise InvalidInput(
@@ -40,7 +40,7 @@ def copy_array(argument: str, target: NDArray[Any], value: Any) -> None:
 def copy_numbers(argument: str, target: NDArray[np.float64], value: Any) -> None:
     """Copy rewards or values, (E,) or (E, 1), into `target` [E]; within +-LARGEST_NUMBER."""
     _copy(argument, target, value)
-    if not _sum_of_squares(target) <= LARGEST_NUMBER**2:  # NaN fails too
+    if not np.vdot(target, target) <= LARGEST_NUMBER**2:  # NaN fails too
         bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER))
         if len(bad):
             raise InvalidInput(
@@ -49,7 +49,7 @@ def copy_numbers(argument: str, target: NDArray[np.float64], value: Any) -> None
 
 
 def as_flags(argument: str, value: Any, num_envs: int) -> NDArray[np.bool_]:
-    """A new bool array [E] of bool or 0/1, (E,) or (E, 1); None is all False."""
+    """Bool array [E] of bool or 0/1, (E,) or (E, 1); None is all False. It may be the caller's own: do not keep it."""
     if value is None:
         return np.zeros(num_envs, np.bool_)
     array = as_numpy(value)
@@ -58,7 +58,7 @@ def as_flags(argument: str, value: Any, num_envs: int) -> NDArray[np.bool_]:
             raise InvalidInput(f"{argument} has shape {array.shape}, expected ({num_envs},)")
         array = array.reshape(num_envs)
     if array.dtype == np.bool_:
-        return array.copy()
+        return array
     flags: NDArray[np.bool_] = array != 0
     if not ((array == 1) | ~flags).all():
         raise InvalidInput(f"{argument} must be bool, 0 or 1, got {array}")
@@ -74,11 +74,6 @@ def _copy(argument: str, target: NDArray[Any], value: Any) -> None:
     if array.dtype != target.dtype and not np.can_cast(array.dtype, target.dtype, "same_kind"):
         raise InvalidInput(f"{argument} has dtype {array.dtype}, expected {target.dtype}")
     target[...] = array
-
-
-def _sum_of_squares(array: NDArray[Any]) -> float:
-    flat = array.reshape(-1)
-    return float(np.dot(flat, flat))
 
 
 def _same_rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

@@ -8,8 +8,7 @@ but neither rows' numbers nor servers. No torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +25,7 @@ _UNKNOWN = np.nan
 _STAGED = ("observations", "next_observations", "actions", "extras")
 
 
-@dataclass(frozen=True, slots=True)
-class StagedStep:
+class StagedStep(NamedTuple):
     """A step that has been copied in and not yet accepted; everything is [E]."""
 
     rewards: NDArray[np.float64]
