@@ -5,6 +5,7 @@ ends it at once and not at the deadline.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import select
@@ -49,7 +50,8 @@ class Connection:
         self.address = address
         self.guard = ProcessGuard()
         self._lock = threading.Lock()
-        self._next_channel = 0
+        self._channel_numbers = itertools.count(1)
+        self._channels: set[Channel] = set()  # open ones; kept, so that one whose owner is dropped ends in `close`
         self._closed = False
         self._socket, self._server_pidfd = _connect(address, time.monotonic() + timeout_s, timeout_s)
         self._context = zmq.Context()
@@ -106,8 +108,13 @@ class Connection:
     def channel(self) -> "Channel":
         """A new zmq channel; it belongs to the thread that uses it."""
         self.check()
-        self._next_channel += 1
-        return Channel(self, self._context, self._server_pidfd, self._next_channel)
+        channel = Channel(self, self._context, self._server_pidfd, next(self._channel_numbers))
+        self._channels.add(channel)
+        return channel
+
+    def forget(self, channel: "Channel") -> None:
+        """A channel was closed."""
+        self._channels.discard(channel)
 
     def pause(self, seconds: float) -> None:
         """Let time pass, but not past the server's end.
@@ -209,6 +216,7 @@ class Channel:
     def close(self) -> None:
         """Close the socket; unsent frames are dropped."""
         self._socket.close()
+        self.connection.forget(self)
 
 
 def server_lost(address: Address) -> ServerLost:

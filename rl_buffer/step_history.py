@@ -68,8 +68,7 @@ class StepHistory:
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [*self._leaves.values(), *arrays]
         self._previous_ended = np.zeros(num_envs, np.bool_)
-        self._any_values = False
-        self._any_priorities = False
+        self._any_values = False  # whether any step came with values or a priority; such a table computes priorities
 
     @property
     def is_full(self) -> bool:
@@ -128,8 +127,6 @@ class StepHistory:
         self._dummy[step] = False if staged.dummy is None else staged.dummy
         self._startable[step] = True if staged.dummy is None else ~staged.dummy
         self._previous_ended = staged.ended
-        self._any_values |= bool(np.count_nonzero(~np.isnan(self._state_values[step])))
-        self._any_priorities |= bool(np.count_nonzero(~np.isnan(self._priorities[step])))
         self.num_steps += 1
 
     def cut(self, mask: NDArray[np.bool_]) -> None:
@@ -162,7 +159,7 @@ class StepHistory:
 
     def td_errors(self, windows: Windows) -> NDArray[np.float64] | None:
         """Initial TD errors [N] of the windows, NaN where unknown; None where no priorities are in play."""
-        if not isinstance(self._table.sampler, Prioritized) or not (self._any_values or self._any_priorities):
+        if not isinstance(self._table.sampler, Prioritized) or not self._any_values:
             return None
         steps = slice(0, self.num_steps)
         errors = td_errors(
@@ -235,6 +232,7 @@ class StepHistory:
                 target[step] = _UNKNOWN
             else:
                 copy_numbers(argument, target[step], value)
+                self._any_values = True
         if priority is not None and (self._priorities[step] < 0).any():
             raise InvalidInput(f"priority must be >= 0, got {self._priorities[step].min()}")
 

@@ -8,9 +8,11 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
 
@@ -29,12 +31,20 @@ class Part:
     title: str
     seeds: Sequence[int]
     arguments: tuple[str, ...]
-    bar: float | None  # of the final return; None only reports
+    bar: float | None  # of the figure; None only reports
+    over_last_evaluations: bool = False
+
+    @property
+    def figure(self) -> str:
+        """What the last column holds."""
+        if self.over_last_evaluations:
+            return f"median of the last {_LAST_EVALUATIONS} evaluations"
+        return "mean return of 100 episodes, unused seeds"
 
 
 PARTS = {
     "cartpole-stop": Part("CartPole-v1, ends when solved", range(10), ("--env", "CartPole-v1"), 475.0),
-    "cartpole-no-stop": Part("CartPole-v1, 150 k steps", (0,), ("--env", "CartPole-v1", "--no-stop"), 450.0),
+    "cartpole-no-stop": Part("CartPole-v1, 150 k steps", (0,), ("--env", "CartPole-v1", "--no-stop"), 450.0, True),
     "acrobot": Part("Acrobot-v1", range(3), ("--env", "Acrobot-v1"), -100.0),
     "lunarlander": Part("LunarLander-v3", range(2), ("--env", "LunarLander-v3"), None),
 }
@@ -50,6 +60,17 @@ class Reproduce:
     """Below runs/; runs that are there already are only tabulated."""
 
 
+def finished_run(run: RunDirectory, arguments: Sequence[str]) -> dict[str, Any]:
+    """Train unless the run is there already; its summary, with the seconds of the whole command."""
+    file = run.path / "summary.json"
+    if not file.exists():
+        name = str(run.path.relative_to(RUNS))
+        started_s = time.monotonic()
+        subprocess.run([sys.executable, str(_TRAIN), "--name", name, *arguments], check=True)
+        run.save_summary(json.loads(file.read_text()) | {"command_s": round(time.monotonic() - started_s, 2)})
+    return json.loads(file.read_text())
+
+
 def main(options: Reproduce) -> None:
     """Run what is missing, one after the other, and print the tables."""
     report = []
@@ -57,25 +78,25 @@ def main(options: Reproduce) -> None:
         part = PARTS[key]
         lines = [
             f"\n**{part.title}** (`uv run scripts/reproduce.py --only {key}`)\n",
-            "| seed | env steps | wall s | updates | median of last 10 evaluations | 100-episode return |",
+            f"| seed | env steps | updates | learning s | whole command s | {part.figure} |",
             "|---|---|---|---|---|---|",
         ]
         reached = 0
         for seed in part.seeds:
-            name = f"{options.directory}/{key}-{seed}"
-            if not (RUNS / name / "summary.json").exists():
-                command = [sys.executable, str(_TRAIN), "--name", name, "--seed", str(seed), *part.arguments]
-                subprocess.run(command, check=True)
-            summary = json.loads((RUNS / name / "summary.json").read_text())
-            evaluations = [row["eval_return"] for row in RunDirectory(RUNS / name).metrics()]
-            median = statistics.median(evaluations[-_LAST_EVALUATIONS:])
-            reached += part.bar is not None and summary["eval_return"] >= part.bar
+            run = RunDirectory(RUNS / options.directory / f"{key}-{seed}")
+            summary = finished_run(run, [*part.arguments, "--seed", str(seed)])
+            if part.over_last_evaluations:
+                evaluations = [row["eval_return"] for row in run.metrics()]
+                figure = statistics.median(evaluations[-_LAST_EVALUATIONS:])
+            else:
+                figure = summary["eval_return"]
+            reached += part.bar is not None and figure >= part.bar
             lines.append(
-                f"| {seed} | {summary['env_steps']:,} | {summary['wall_s']:.0f} | {summary['updates']:,} "
-                f"| {median:.1f} | {summary['eval_return']:.1f} |"
+                f"| {seed} | {summary['env_steps']:,} | {summary['updates']:,} | {summary['wall_s']:.0f} "
+                f"| {summary['command_s']:.0f} | {figure:.1f} |"
             )
         if part.bar is not None:
-            lines.append(f"\n{reached} of {len(part.seeds)} seeds reach {part.bar:g}.")
+            lines.append(f"\n{reached} of {len(part.seeds)} reach {part.bar:g}.")
         report += lines
         print("\n".join(lines), flush=True)
     table = RUNS / options.directory / "TABLE.md"
@@ -84,4 +105,7 @@ def main(options: Reproduce) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Reproduce, description=__doc__))
+    try:
+        main(tyro.cli(Reproduce, description=__doc__))
+    except (subprocess.CalledProcessError, KeyboardInterrupt) as error:
+        sys.exit(f"{type(error).__name__}: {error}; what is finished stays, the same command goes on")

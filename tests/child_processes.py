@@ -68,16 +68,16 @@ def write_half(address, pipe, table="replay"):
     """Fill the first half of a chunk's rows with garbage, say so, and go on when told to."""
     with rb.connect(address, 30.0, name="half") as client:
         writer = client.writer(table, num_envs=1, chunk_size=8)
-        write = writer._write
+        copy_rows = writer._history.copy_rows
 
-        def write_half_first(rows, windows):
+        def copy_half_first(windows, views, rows):
             for path in ("observations", "actions"):
-                writer._rows[path][rows[: len(rows) // 2]] = -1
+                views[path][rows[: len(rows) // 2]] = -1
             pipe.send("half")
             pipe.recv()
-            write(rows, windows)
+            copy_rows(windows, views, rows)
 
-        writer._write = write_half_first
+        writer._history.copy_rows = copy_half_first
         for number in range(8):
             writer.add(**numbered_row(1_000_000 + number))
         writer.close()

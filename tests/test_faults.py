@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import resource
 import signal
 import socket
 import threading
@@ -327,6 +328,17 @@ def test_a_directory_that_others_may_write_to_is_refused(tmp_path):
         rb.connect(f"ipc://{tmp_path}", timeout_s=0.1)
     with pytest.raises(rb.ConnectionRefused, match="mode 0777"):
         rb.BufferServer({"replay": TABLE}, f"ipc://{tmp_path}").start()
+
+
+def test_a_server_may_have_as_many_descriptors_as_the_system_lets_it(serve):
+    # libzmq aborts the process when there are none left, and a login's soft limit is 1024.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        server = serve(TABLE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert resource.prlimit(server.pid, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 def test_tables_that_do_not_fit_are_refused_with_need_and_have(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -88,23 +89,16 @@ def descendants(pid: int) -> set[int]:
     return found
 
 
-def alive(pids: set[int]) -> set[int]:
-    """Those that are neither gone nor zombies."""
-
-    def runs(pid: int) -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-        except OSError:
-            return False
-
-    return {pid for pid in pids if runs(pid)}
-
-
 def wait_until_none_is_alive(pids: set[int], seconds: float) -> None:
     deadline_s = time.monotonic() + seconds
-    while alive(pids):
-        assert time.monotonic() < deadline_s, f"still there after {seconds} s: {alive(pids)}"
-        os.sched_yield()
+    for pid in pids:
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        ended, _, _ = select.select([pidfd], [], [], max(0.0, deadline_s - time.monotonic()))
+        os.close(pidfd)
+        assert ended, f"{pid} is still there after {seconds} s: {Path(f'/proc/{pid}/cmdline').read_bytes()}"
 
 
 @pytest.mark.timeout(180)

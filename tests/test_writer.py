@@ -499,6 +499,18 @@ def test_a_closed_writer_refuses_and_a_writer_of_a_closed_client_too(server):
         client.info()
 
 
+def test_an_error_in_the_block_gives_the_rows_back_and_publishes_nothing_more(client):
+    def fail():
+        with client.writer("narrow", num_envs=1, chunk_size=4) as writer:
+            add_numbered(writer, 0)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert client.info()["tables"]["narrow"]["reserved_rows"] == 0
+    assert client.size("narrow") == 0
+
+
 # ---- waiting -------------------------------------------------------------------------------------------------
 
 
