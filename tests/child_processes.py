@@ -186,8 +186,9 @@ def stop_with_forked_child(pipe, tables):
         signal.pause()
     directory, started_s = server.address.removeprefix("ipc://"), time.monotonic()
     server.stop(timeout_s=10.0)
-    pipe.send((time.monotonic() - started_s, not os.path.exists(directory)))
+    stopped_s = time.monotonic() - started_s
     os.kill(forked, signal.SIGKILL)
+    pipe.send((stopped_s, not os.path.exists(directory)))
 
 
 def serve_and_wait(pipe, address, tables):

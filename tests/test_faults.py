@@ -158,8 +158,9 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
     limiter = rb.SampleToInsertRatio(1.0, min_size_to_sample=8, error_buffer=16.0)
     tables = {"replay": TABLE, "limited": rb.ReplayTable(NUMBERED_SPEC, capacity=64, rate_limiter=limiter)}
     server = serve(tables)
-    clients = [connect(server) for _ in range(6)]
+    clients = [connect(server) for _ in range(7)]
     first = clients[0]
+    first.publish_parameters({"w": np.zeros(2)})
     writer = clients[1].writer("limited", num_envs=1, chunk_size=1)
     sampler = clients[2].sampler("replay", batch_size=4)
     flushed = clients[4].writer("limited", num_envs=1, chunk_size=16)
@@ -176,7 +177,8 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
     blocking = {
         "add": lambda: add_for_ever(writer),
         "sample": sampler.sample,
-        "parameters": lambda: clients[3].parameters("policy", timeout_s=30.0),
+        "first parameters": lambda: clients[3].parameters("none", timeout_s=30.0),
+        "newer parameters": lambda: clients[6].parameters("policy", newer_than=1, timeout_s=30.0),
         "flush": flush,
         "info": ask,
     }
@@ -211,7 +213,7 @@ def test_every_blocking_call_notices_that_the_server_was_killed(serve, connect, 
             call()
 
 
-def test_a_killed_servers_address_serves_again_and_old_clients_learn_of_it(tmp_path, serve, connect):
+def test_a_killed_servers_address_serves_again_and_old_clients_learn_of_it(tmp_path, serve, connect, eventually):
     address = f"ipc://{tmp_path}/server"
     first = serve(TABLE, address=address)
     old = connect(address)
@@ -224,6 +226,10 @@ def test_a_killed_servers_address_serves_again_and_old_clients_learn_of_it(tmp_p
         assert new.size("replay") == 0
         with pytest.raises(rb.ServerLost):
             old.size("replay")
+        # zmq reconnects by itself, so that the refusal of the new server reaches the old writer.
+        eventually(lambda: new.info()["num_refused"] > 0)
+        writer._channel.send(b"to whom?")
+        assert writer._channel._socket.poll(30_000)
         with pytest.raises(rb.ServerLost), writer:
             add_for_ever(writer)
         assert new.size("replay") == 0

@@ -152,6 +152,31 @@ print(version, arrays["w"].tolist(), type(arrays["w"]).__name__, "torch" in sys.
     assert output.stdout.strip() == "1 [0.0, 1.0, 2.0] ndarray False False", output.stderr
 
 
+def test_a_reader_that_is_lapped_half_way_reads_again(publisher, reader):
+    def publish(number):
+        return publisher.publish_parameters({key: np.full(3, number) for key in "abc"}, "lapped")
+
+    class LappedOnce(dict):
+        """The reader's view of the slots; when it comes to "b", five more versions are published."""
+
+        laps = 0
+
+        def __getitem__(self, key):
+            if key == "b" and not self.laps:
+                self.laps = 1
+                for number in range(2, 7):
+                    publish(number)
+            return super().__getitem__(key)
+
+    publish(1)
+    assert reader.parameters("lapped")[0] == 1
+    parameters = reader._parameter_sets["lapped"]
+    parameters._slots = LappedOnce(parameters._slots)
+    version, arrays = reader.parameters("lapped", as_numpy=True)
+    assert parameters._slots.laps == 1
+    assert (version, {key: array.tolist() for key, array in arrays.items()}) == (6, {key: [6, 6, 6] for key in "abc"})
+
+
 def test_a_reader_under_a_fast_publisher_never_sees_a_torn_set(server, reader, children, pipe, receive):
     here, there = pipe()
     children.start("publisher", child.publish_numbers, server.address, there, "fast", 20_000)

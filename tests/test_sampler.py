@@ -254,7 +254,8 @@ def test_no_batch_has_a_torn_row_while_a_fast_writer_overwrites_the_table(
     before, last = table_info(client, "replay")["overtaken_rows"], 0
     num_refused = client.info()["num_refused"]
     with client.sampler("replay", batch_size=64, prefetch=prefetch) as sampler:
-        for _ in range(num_batches):
+        while num_batches > 0 or last < 10 * 64:  # and until the writer went round ten times
+            num_batches -= 1
             batch = sampler.sample()
             numbers = batch.actions // 7
             sums = batch.observations.sum(1) + batch.next_observations.sum(1) + batch.actions + batch.rewards.long()
@@ -265,7 +266,6 @@ def test_no_batch_has_a_torn_row_while_a_fast_writer_overwrites_the_table(
         # The generation of a row that was replaced by a spare is that of the spare.
         sampler.update_priorities(batch, torch.ones(64))
         sampler.sample()
-        assert last > 10 * 64, "the writer did not go round"
         if prefetch:
             assert sampler.num_overtaken > 0, "nothing was overtaken, so nothing was shown"
         sampler.sample()

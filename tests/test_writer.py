@@ -100,6 +100,13 @@ def test_every_stored_row_happened_once_and_none_is_missing(client, mode, n_step
         assert writer.stats_tracker.get_raw_values()["lengths"] == lengths.tolist()
 
 
+def test_a_full_chunk_is_published_without_a_flush(client, eventually):
+    with client.writer("n1", num_envs=1, chunk_size=4) as writer:
+        for number in range(7):
+            add_numbered(writer, number)
+        eventually(lambda: client.size("n1") == 4)
+
+
 @pytest.mark.parametrize("n_step", [1, 3])
 def test_flush_publishes_complete_windows_and_no_open_one(client, n_step):
     envs = EpisodeEnvs(2, "next_step", seed=5)
