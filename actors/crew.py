@@ -8,6 +8,7 @@ import numpy as np
 from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
+import rl_buffer as rb
 from actors.environments import make_envs
 from actors.replay import Policy, run_replay_actor
 from rl_buffer.launch import ProcessGroup
@@ -39,6 +40,11 @@ class CrewOptions:
     """Vector steps between an actor's looks for newer parameters."""
     max_failures: int = 5
     """Starts of one actor that may fail in a row before the run ends."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise rb.InvalidInput(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
 @dataclass

@@ -59,8 +59,8 @@ def run_replay_actor(
     torch.set_num_threads(1)
     client = rb.connect(address, timeout_s=timeout_s, name=name)
     envs = make_envs()
+    writer = client.writer(table, envs=envs, chunk_size=chunk_size)  # first: it refuses environments that do not fit
     policy = make_policy(envs)
-    writer = client.writer(table, envs=envs, chunk_size=chunk_size)
     observations, _ = envs.reset(seed=seed)
     step = version = 0
     try:

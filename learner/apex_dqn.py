@@ -113,6 +113,23 @@ def double_q_td_errors(online: QNetwork, target: QNetwork, batch: rb.ReplayBatch
     return targets - online(batch.observations).gather(1, batch.actions.unsqueeze(1)).squeeze(1)
 
 
+def vector_inputs_and_discrete_actions(env_id: str) -> tuple[int, int]:
+    """Numbers of inputs and actions of an environment that this learner is for.
+
+    Raises:
+        InvalidInput: other observations than a Box, or other actions than Discrete from 0.
+    """
+    env = gym.make(env_id)
+    observations, actions = env.observation_space, env.action_space
+    env.close()
+    if not isinstance(observations, gym.spaces.Box) or not isinstance(actions, gym.spaces.Discrete) or actions.start:
+        raise rb.InvalidInput(
+            f"Ape-X DQN needs Box observations and Discrete actions that start at 0; {env_id} has {observations} and "
+            f"{actions}"
+        )
+    return torch.Size(observations.shape).numel(), int(actions.n)
+
+
 class ApexDQN:
     """Networks, optimizer and counters: all that `--resume` brings back."""
 
@@ -120,12 +137,8 @@ class ApexDQN:
         """Random networks. The first optimizer of a process loads torch's compiler, some seconds long."""
         torch.set_num_threads(options.num_threads)
         torch.manual_seed(seed)
-        env = gym.make(env_id)
-        assert env.observation_space.shape is not None
-        assert isinstance(env.action_space, gym.spaces.Discrete), "DQN needs discrete actions"
-        num_inputs = torch.Size(env.observation_space.shape).numel()
-        sizes = (num_inputs, int(env.action_space.n), options.hidden_sizes, options.dueling)
-        env.close()
+        num_inputs, num_actions = vector_inputs_and_discrete_actions(env_id)
+        sizes = (num_inputs, num_actions, options.hidden_sizes, options.dueling)
         self.options, self.env_id, self.seed = options, env_id, seed
         self.device = torch.device(options.device)
         self.online = QNetwork(*sizes).to(self.device)

@@ -63,7 +63,7 @@ class Display:
             ("env steps/s", f"{row['env_steps_per_s']:,.0f}"),
             ("updates/s", f"{row['updates_per_s']:,.0f}"),
             ("eval return", f"{row['eval_return']:.1f}"),
-            ("inserts/s", f"{row['env_steps_per_s']:,.0f}"),
+            ("inserts/s", f"{row['inserts_per_s']:,.0f}"),
             ("samples/s", f"{row['samples_per_s']:,.0f}"),
             ("loss", f"{row['loss']:.4g}"),
             ("buffer fill", f"{100 * row['buffer_fill']:.1f} %"),

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Mapping
 
 WINDOW_S = 5.0
-COUNTERS = ("env_steps", "updates", "samples")
+COUNTERS = ("env_steps", "updates", "inserts", "samples")
 
 
 class Rates:

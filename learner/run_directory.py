@@ -1,6 +1,6 @@
 """What a run leaves behind in runs/NAME: configuration, metrics, policy, learner state, summary and curve.
 
-    config.json  metrics.csv  policy.safetensors  learner.safetensors + learner.json  summary.json  curve.png
+    config.json  metrics.csv  policy.safetensors  learner.safetensors  summary.json  curve.png
 
 No pickle in any of them.
 """
@@ -30,6 +30,7 @@ COLUMNS = (
     "buffer_fill",
     "env_steps_per_s",
     "updates_per_s",
+    "inserts_per_s",
     "samples_per_s",
     "mean_return",
     "eval_return",
@@ -43,7 +44,7 @@ COLUMNS = (
 
 
 class RunDirectory:
-    """Files of one run. Each is replaced as a whole, so that a kill leaves the old or the new one."""
+    """Files of one run. JSON and tensors are replaced as a whole, so that a kill leaves the old or the new ones."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -57,7 +58,7 @@ class RunDirectory:
         """
         moment = datetime.now().strftime("%Y%m%d-%H%M%S")
         path = RUNS / (name or f"{algo}-{env_id}-{seed}-{moment}")
-        if (path / "config.json").exists():
+        if (path / "learner.safetensors").exists():
             raise FileExistsError(f"{path} holds a run already; choose another --name, or --resume {path}")
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)
@@ -111,9 +112,9 @@ class RunDirectory:
         return load_file(file)
 
     def save_learner(self, tensors: Mapping[str, torch.Tensor], counters: Mapping[str, float]) -> None:
-        """Write what `--resume` needs."""
-        self._save_tensors("learner.safetensors", tensors)
-        self._write("learner.json", msgspec.json.encode(counters))
+        """Write what `--resume` needs, in one file."""
+        numbers = {f"counters/{key}": torch.tensor(value, dtype=torch.float64) for key, value in counters.items()}
+        self._save_tensors("learner.safetensors", {**tensors, **numbers})
 
     def load_learner(self) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         """Read it.
@@ -121,10 +122,14 @@ class RunDirectory:
         Raises:
             FileNotFoundError: the run has not saved any.
         """
-        tensors, counters = self.path / "learner.safetensors", self.path / "learner.json"
-        if not tensors.exists() or not counters.exists():
-            raise FileNotFoundError(f"{self.path} holds no learner state to resume (learner.safetensors is missing)")
-        return load_file(tensors), msgspec.json.decode(counters.read_bytes())
+        file = self.path / "learner.safetensors"
+        if not file.exists():
+            raise FileNotFoundError(f"{self.path} holds no learner state to resume ({file.name} is missing)")
+        tensors = load_file(file)
+        counters = {
+            key.removeprefix("counters/"): float(tensors.pop(key)) for key in list(tensors) if "counters/" in key
+        }
+        return tensors, counters
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""

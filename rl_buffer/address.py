@@ -110,7 +110,7 @@ class Address:
 def fresh_address() -> str:
     """An address that no other server has, below the user's runtime or temporary directory."""
     parent = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    return f"{_SCHEME}{tempfile.mkdtemp(prefix='rl_buffer-', dir=parent)}"
+    return f"{_SCHEME}{parent}/rl_buffer-{os.urandom(6).hex()}"
 
 
 def default_address() -> str:

@@ -28,25 +28,34 @@ _TORCH_DTYPES = {
 
 @dataclass(slots=True)
 class ReplayBatch:
-    """B transitions. Scalars are (B,). The tensors belong to the caller until the next `sample()` overwrites them.
+    """B transitions. The tensors are the caller's until the next `sample()` overwrites them; `clone()` what is kept.
 
-    With n-step returns, `rewards` are discounted sums, `next_observations` lie n_steps later, and the bootstrap target
-    is `rewards + discounts * V(next_observations)`: `discounts` = gamma^n_steps * (1 - terminated).
+    observations, next_observations: (B, *obs_shape), or nested dicts of such; the latter lie n_steps later.
+    actions: (B, *action_shape).
+    rewards: (B,) float32, discounted sums of n_steps rewards.
+    dones: (B,) float32, 1 only where terminated, so that `1 - dones` masks the bootstrap. (In `add`, `done` says that
+        the episode ended for whatever reason.)
+    terminateds, truncateds: (B,) bool.
+    discounts: (B,) float32, gamma^n_steps * (1 - terminated); the target is rewards + discounts * V(next_observations).
+    n_steps: (B,) int32, reward steps actually summed.
+    extras: name -> (B, *shape).
+    weights: (B,) float32, importance weights, at most 1; prioritized tables only, as are
+    indices, generations: (B,) int64 on the CPU, the rows and which item they held.
     """
 
-    observations: TensorTree  # (B, *obs_shape)
-    actions: TensorTree  # (B, *action_shape)
-    rewards: torch.Tensor  # (B,) float32
-    dones: torch.Tensor  # (B,) float32, 1 where terminated: masks the bootstrap as in 1 - dones
-    truncateds: torch.Tensor  # (B,) bool
-    terminateds: torch.Tensor  # (B,) bool
-    next_observations: TensorTree  # (B, *obs_shape)
-    discounts: torch.Tensor  # (B,) float32
-    n_steps: torch.Tensor  # (B,) int32, reward steps actually summed
+    observations: TensorTree
+    actions: TensorTree
+    rewards: torch.Tensor
+    dones: torch.Tensor
+    truncateds: torch.Tensor
+    terminateds: torch.Tensor
+    next_observations: TensorTree
+    discounts: torch.Tensor
+    n_steps: torch.Tensor
     extras: dict[str, torch.Tensor]
-    weights: torch.Tensor | None = None  # (B,) float32, prioritized only: importance weights, at most 1
-    indices: torch.Tensor | None = None  # (B,) int64 on the CPU, prioritized only: rows
-    generations: torch.Tensor | None = None  # (B,) int64 on the CPU, prioritized only: of those rows
+    weights: torch.Tensor | None = None
+    indices: torch.Tensor | None = None
+    generations: torch.Tensor | None = None
 
 
 def leaf_views(layout: RowLayout, block: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rl_buffer import frames, messages
 from rl_buffer.address import Address
 from rl_buffer.connection import Channel, Connection
-from rl_buffer.episode_ends import autoreset_mode, num_envs_and_autoreset
+from rl_buffer.episode_ends import autoreset_mode, stated_autoreset
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.parameters import ParameterSet, as_arrays
 from rl_buffer.spec import Field, RowLayout, TransitionSpec
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from rl_buffer.served_buffer import ServedReplayBuffer
 
 _EXPLAIN_TIMEOUT_S = 1.0
+_POLICY = "policy"  # the parameters that writers report their version of
+_UNSTATED: Any = object()  # None is a statement: rows are stored as given
 
 
 def connect(address: str, timeout_s: float = 10.0, name: str = "") -> "Client":
@@ -46,7 +49,7 @@ class Client:
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.parameter_version = 0  # the newest that `parameters` returned; writers report it
+        self.parameter_versions: dict[str, int] = {}  # the newest of each set that `parameters` returned
         self._connection = connection
         self._control = connection.channel()
         self._lock = threading.Lock()
@@ -67,7 +70,7 @@ class Client:
         *,
         envs: Any = None,
         num_envs: int | None = None,
-        autoreset: Any = None,
+        autoreset: Any = _UNSTATED,
         chunk_size: int = 64,
         timeout_s: float | None = None,
     ) -> ReplayWriter:
@@ -77,8 +80,10 @@ class Client:
             table: its name.
             envs: a Gymnasium environment or vector environment: number, autoreset mode and spaces are taken from it.
             num_envs: instead of `envs`.
-            autoreset: "next_step", "same_step", "disabled", or None: rows are stored as given. Overrides `envs`.
-            chunk_size: transitions per message. Smaller is fresher, larger is cheaper.
+            autoreset: "next_step", "same_step", "disabled", or None: rows are stored as given. Overrides `envs`; with
+                `num_envs` above 1 it must be said, because a dummy step of next_step mode looks like any other.
+            chunk_size: transitions per message; less for a table that is smaller. Smaller is fresher, larger is
+                cheaper; `flush` sends at once.
             timeout_s: deadline of `add` when the table takes no rows, by default the client's.
 
         Raises:
@@ -89,14 +94,19 @@ class Client:
         config = self._table(table)
         if (envs is None) == (num_envs is None):
             raise InvalidInput("writer needs envs= or num_envs=, and not both")
-        mode = autoreset_mode(autoreset)
         if envs is not None:
             _check_spaces(table, config.spec, envs)
-            if autoreset is None:
-                num_envs, mode = num_envs_and_autoreset(envs)
-            else:
-                num_envs = int(getattr(envs, "num_envs", 1))
-        assert num_envs is not None
+            num_envs = int(getattr(envs, "num_envs", 1))
+            mode = stated_autoreset(envs) if autoreset is _UNSTATED else autoreset_mode(autoreset)
+        else:
+            assert num_envs is not None
+            num_envs = operator.index(num_envs)
+            if autoreset is _UNSTATED and num_envs > 1:
+                raise InvalidInput(
+                    f"num_envs={num_envs} needs autoreset='next_step', 'same_step' or 'disabled' as in "
+                    "envs.metadata['autoreset_mode'], or None to store every row as given; or pass envs="
+                )
+            mode = None if autoreset is _UNSTATED else autoreset_mode(autoreset)
         rows, _ = self._connection.segments[table]
         with self._new_channel() as channel:
             return ReplayWriter(
@@ -111,7 +121,7 @@ class Client:
                 chunk_size=chunk_size,
                 timeout_s=self.timeout_s if timeout_s is None else timeout_s,
                 explain=self._explainer(table),
-                parameter_version=lambda: self.parameter_version,
+                parameter_version=lambda: self.parameter_versions.get(_POLICY, 0),
             )
 
     def sampler(
@@ -153,7 +163,7 @@ class Client:
                 config,
                 rows,
                 generations,
-                batch_size=batch_size,
+                batch_size=operator.index(batch_size),
                 beta=beta,
                 prefetch=prefetch,
                 device=device,
@@ -162,22 +172,26 @@ class Client:
                 explain=self._explainer(table),
             )
 
-    def replay_buffer(self, table: str, num_envs: int = 1, **options: Any) -> "ServedReplayBuffer":
+    def replay_buffer(
+        self, table: str, num_envs: int = 1, *, autoreset: Any = None, **options: Any
+    ) -> "ServedReplayBuffer":
         """The in-process interface (add, get, update_priorities, len) on the served table.
 
         Args:
             table: its name.
             num_envs: environments per `add`.
-            options: of `writer`, and `beta`, `device`.
+            autoreset: as for `writer`; by default every row is stored as given, the dummy steps of next_step
+                environments too.
+            options: `chunk_size` and `timeout_s` of `writer`, and `beta`, `device`.
         """
         from rl_buffer.served_buffer import ServedReplayBuffer  # imports torch
 
-        return ServedReplayBuffer(self, table, num_envs, **options)
+        return ServedReplayBuffer(self, table, num_envs, autoreset=autoreset, **options)
 
     # ---- parameters ----------------------------------------------------------------------------------------
 
     def publish_parameters(
-        self, state_dict: Mapping[str, Any], name: str = "policy", timeout_s: float | None = None
+        self, state_dict: Mapping[str, Any], name: str = _POLICY, timeout_s: float | None = None
     ) -> int:
         """Make a state dict the newest version of `name`; return its version, 1, 2, ...
 
@@ -193,6 +207,10 @@ class Client:
             RequestRefused: other tensors than before, or another process is publishing.
         """
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        if not isinstance(state_dict, Mapping):
+            raise InvalidInput(
+                f"publish_parameters takes a mapping such as module.state_dict(), got {type(state_dict).__name__}"
+            )
         arrays = as_arrays(state_dict)
         fields = {key: Field(array.shape, array.dtype) for key, array in arrays.items()}
         parameters = self._parameter_sets.get(name)
@@ -208,11 +226,11 @@ class Client:
         return published.version
 
     def parameters(
-        self, name: str = "policy", newer_than: int = 0, timeout_s: float = 0.0, as_numpy: bool = False
+        self, name: str = _POLICY, newer_than: int = 0, timeout_s: float = 0.0, as_numpy: bool = False
     ) -> tuple[int, dict[str, Any] | None]:
         """The newest version of a published state dict, as a copy.
 
-        Looking costs no message, so an actor may look at every step.
+        Once there is one, looking costs no message, so an actor may look at every step.
 
         Args:
             name: of the set.
@@ -228,7 +246,8 @@ class Client:
         parameters = self._parameter_sets.get(name)
         while parameters is None:
             try:
-                parameters = ParameterSet(self._connection, name, None, self.timeout_s)
+                wait_s = max(_EXPLAIN_TIMEOUT_S, deadline_s - time.monotonic())
+                parameters = ParameterSet(self._connection, name, None, wait_s)
             except KeyError:
                 if time.monotonic() >= deadline_s:
                     return newer_than, None
@@ -238,7 +257,7 @@ class Client:
         if not parameters.wait_for_newer(newer_than, deadline_s):
             return newer_than, None
         version, arrays = parameters.read(self.timeout_s)
-        self.parameter_version = version
+        self.parameter_versions[name] = version
         if as_numpy:
             return version, arrays
         import torch

@@ -32,22 +32,22 @@ def autoreset_mode(autoreset: Any) -> Autoreset | None:
     raise InvalidInput(f"autoreset {autoreset!r} is unknown; expected one of {get_args(Autoreset)} or None")
 
 
-def num_envs_and_autoreset(envs: Any) -> tuple[int, Autoreset | None]:
-    """What a vector environment says of itself; a single environment is one that its caller resets.
+def stated_autoreset(envs: Any) -> Autoreset | None:
+    """What a vector environment says of itself; a single environment is one that its caller resets (None).
 
     Raises:
         InvalidInput: a vector environment without `metadata["autoreset_mode"]`; guessing would store wrong rows.
     """
     num_envs = getattr(envs, "num_envs", None)
     if num_envs is None:
-        return 1, None
+        return None
     metadata = getattr(envs, "metadata", None)
     if not isinstance(metadata, Mapping) or "autoreset_mode" not in metadata:
         raise InvalidInput(
             f"{type(envs).__name__} does not say how it resets (metadata['autoreset_mode']); pass num_envs={num_envs} "
             "and autoreset='next_step', 'same_step' or 'disabled'"
         )
-    return int(num_envs), autoreset_mode(metadata["autoreset_mode"])
+    return autoreset_mode(metadata["autoreset_mode"])
 
 
 def final_observation(infos: Any, env: int, path: str) -> Any:

@@ -1,7 +1,7 @@
 """What users hand in, checked and copied: arrays, tensors and scalars for E environments.
 
-Every function either writes all of `target` or raises an InvalidInput that names the argument, what came and what was
-expected. No torch: a tensor is known by its face.
+Every function either returns with all of `target` written, or raises an InvalidInput that names the argument, what came
+and what was expected; `target` then holds nothing of worth. No torch: a tensor is known by its face.
 """
 
 import math
@@ -72,8 +72,16 @@ def _copy(argument: str, target: NDArray[Any], value: Any) -> None:
             raise InvalidInput(f"{argument} has shape {array.shape}, expected {target.shape}")
         array = array.reshape(target.shape)
     if array.dtype != target.dtype and not np.can_cast(array.dtype, target.dtype, "same_kind"):
-        raise InvalidInput(f"{argument} has dtype {array.dtype}, expected {target.dtype}")
+        raise InvalidInput(
+            f"{argument} has dtype {array.dtype}, expected {target.dtype}; cast it, or give its Field another dtype"
+        )
     target[...] = array
+    # Same kind, but perhaps narrower: integers would wrap without a word. (Floats that overflow become infinite.)
+    if array.dtype.itemsize > target.dtype.itemsize and target.dtype.kind in "iu" and (target != array).any():
+        raise InvalidInput(
+            f"{argument} has values from {array.min()} to {array.max()}, which {target.dtype} cannot hold; "
+            "give its Field a wider dtype"
+        )
 
 
 def _same_rows(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:

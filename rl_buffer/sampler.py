@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rl_buffer import frames, messages
 from rl_buffer.batches import ReplayBatch, leaf_views, replay_batch
 from rl_buffer.connection import Channel
-from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.frames import Credit
 from rl_buffer.samplers import Prioritized, importance_weights
 from rl_buffer.storage import Segment
@@ -71,8 +71,9 @@ class ReplaySampler:
         self._closed = False
         self._rows = torch.frombuffer(rows.buffer, dtype=torch.int64).view(table.num_rows, -1)
         self._generations = generations.array("int64")
+        # First: if the device is not there, the server has not heard of this sampler.
+        self._blocks = _Blocks(table, max(1, batch_size), torch.device(device), contiguous)
         call(messages.OpenSampler(channel.number, name, batch_size))
-        self._blocks = _Blocks(table, batch_size, torch.device(device), contiguous)
         self._ask(prefetch)
 
     def sample(self, timeout_s: float | None = None, beta: float | None = None) -> ReplayBatch:
@@ -94,7 +95,11 @@ class ReplaySampler:
         deadline_s = time.monotonic() + timeout_s
         self._ask(max(1, self._prefetch) - self._outstanding)
         while True:
-            frame = self._channel.receive(max(0.0, deadline_s - time.monotonic()))
+            try:
+                frame = self._channel.receive(max(0.0, deadline_s - time.monotonic()))
+            except RequestRefused:
+                self._outstanding -= 1  # a credit went with what was refused
+                raise
             if frame is None:
                 raise DeadlineExceeded(f"sample from table {self._name!r} waited {timeout_s} s: {self._explain()}")
             self._outstanding -= 1
@@ -139,8 +144,10 @@ class ReplaySampler:
         """Stop the stream. Twice is fine."""
         if not self._closed:
             self._closed = True
-            self._call(messages.CloseChannel(self._channel.number))
-            self._channel.close()
+            try:
+                self._call(messages.CloseChannel(self._channel.number))
+            finally:
+                self._channel.close()
 
     def __enter__(self) -> "ReplaySampler":
         return self

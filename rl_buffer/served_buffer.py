@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from rl_buffer.batches import ReplayBatch
+from rl_buffer.errors import InvalidInput
 from rl_buffer.sampler import ReplaySampler
 
 if TYPE_CHECKING:
@@ -46,13 +47,21 @@ class ServedReplayBuffer:
 
     def update_priorities(self, batch: ReplayBatch, td_errors: Any) -> None:
         """As `ReplaySampler.update_priorities`."""
-        assert self._sampler is not None, "a batch comes from get()"
+        if self._sampler is None:
+            raise InvalidInput("update_priorities needs a batch of get(), which was not called yet")
         self._sampler.update_priorities(batch, td_errors)
 
     def __len__(self) -> int:
         """Transitions in the table, one's own complete steps included."""
         self.writer.flush()
         return self._client.size(self._table)
+
+    def __enter__(self) -> "ServedReplayBuffer":
+        return self
+
+    def __exit__(self, exception_type: object, *_: object) -> None:
+        if exception_type is None:
+            self.close()
 
     def close(self) -> None:
         """Publish the rest and stop."""

@@ -47,8 +47,8 @@ class BufferServer:
         extra_metrics_keys: Sequence[str] = (),
         done_reason_keys: Sequence[str] = (),
     ) -> None:
-        if not tables:
-            raise InvalidInput("BufferServer needs at least one table, got none")
+        if not isinstance(tables, Mapping) or not tables:
+            raise InvalidInput(f'BufferServer takes a mapping such as {{"replay": ReplayTable(...)}}, got {tables!r}')
         self.tables = dict(tables)
         self._requested_address = None if address is None else str(Address(address))
         self._stats = StatsConfig(

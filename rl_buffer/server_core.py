@@ -61,7 +61,7 @@ class ServerCore:
         """
         if len(self.sessions) >= MAX_SESSIONS:
             raise InvalidInput(f"{MAX_SESSIONS} clients are attached, which is the limit")
-        self.sessions[token] = Session(token, name[:MAX_NAME_LENGTH], pid, now_s)
+        self.sessions[token] = Session(token, name[:MAX_NAME_LENGTH] or f"pid {pid}", pid, now_s)
 
     def disconnected(self, token: bytes) -> None:
         """Quarantine: the connection is gone, but the process may still be writing into its rows."""

@@ -137,10 +137,10 @@ class ServerLoop:
     def _serve_messages(self) -> None:
         for _ in range(_MESSAGES_PER_TURN):
             try:
-                channel_id, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+                channel_id, *parts = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            frame = frames[0] if len(frames) == 1 else b""  # no message has parts: refused as an unknown kind
+            frame = parts[0] if len(parts) == 1 else b""  # no message has parts: refused as an unknown kind
             self._send(self._core.handle(channel_id, frame, time.monotonic()))
 
     def _send(self, outgoing: Outgoing) -> None:

@@ -217,6 +217,8 @@ class StepHistory:
 
     def _stage_values(self, priority: Any, q_taken: Any, state_value: Any, final_value: Any) -> None:
         step = self.num_steps
+        if priority is not None and not isinstance(self._table.sampler, Prioritized):
+            raise InvalidInput("priority= was given, but the table is sampled uniformly; leave it out")
         if priority is not None and self._table.n_step != 1:
             raise InvalidInput(
                 f"priority= is for n_step = 1, this table has {self._table.n_step}; pass q_taken= and state_value=, "

@@ -3,6 +3,7 @@
 Plain values only. The bookkeeping that they describe is in `replay_table`.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,7 +18,15 @@ from rl_buffer.spec import RowLayout, TransitionSpec
 
 _MAX_ROWS = 2**40  # 2^40 rows of one cache line are 64 TiB; also keeps row numbers exact in float64
 _DEFAULT_HEADROOM_SHARE = 16
-_DEFAULT_HEADROOM_MIN_ROWS = 4096
+_DEFAULT_HEADROOM_MAX_MIN_ROWS = 4096  # of small rows: 30 writers with chunks of 64
+_DEFAULT_HEADROOM_MIN_NBYTES = 64 << 20  # of large ones
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "spec": (TransitionSpec,),
+    "sampler": (Uniform, Prioritized),
+    "rate_limiter": (MinSize, SampleToInsertRatio),
+}
 
 
 class ReplayTable(msgspec.Struct, frozen=True):
@@ -32,7 +41,7 @@ class ReplayTable(msgspec.Struct, frozen=True):
         gamma: discount factor in [0, 1].
         seed: of the sampler; None draws one.
         headroom: extra rows that writers may hold uncommitted, all together. None: a sixteenth of `capacity`,
-            at least 4096, at most `capacity`. A writer holds at most two chunks.
+            but at least 64 MiB or 4096 rows, whichever is less. A writer holds at most two chunks.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -48,6 +57,18 @@ class ReplayTable(msgspec.Struct, frozen=True):
     headroom: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                expected = " or ".join(f"{kind.__name__}(...)" for kind in kinds)
+                raise InvalidInput(f"ReplayTable {name} must be {expected}, got {value!r}")
+        for name in ("capacity", "n_step", "seed", "headroom"):
+            value = getattr(self, name)
+            if value is not None:
+                try:
+                    msgspec.structs.force_setattr(self, name, operator.index(value))  # NumPy integers too
+                except TypeError:
+                    raise InvalidInput(f"ReplayTable {name} must be an integer, got {value!r}") from None
         for name, low, high in (("capacity", 1, _MAX_ROWS), ("n_step", 1, 1024), ("gamma", 0.0, 1.0)):
             value = getattr(self, name)
             if not low <= value <= high:
@@ -59,8 +80,9 @@ class ReplayTable(msgspec.Struct, frozen=True):
                 "sampling could never start"
             )
         if self.headroom is None:
-            share = max(self.capacity // _DEFAULT_HEADROOM_SHARE, _DEFAULT_HEADROOM_MIN_ROWS)
-            msgspec.structs.force_setattr(self, "headroom", min(share, self.capacity))
+            fitting = max(1, _DEFAULT_HEADROOM_MIN_NBYTES // self.layout.stride_nbytes)
+            least = min(fitting, _DEFAULT_HEADROOM_MAX_MIN_ROWS)
+            msgspec.structs.force_setattr(self, "headroom", max(self.capacity // _DEFAULT_HEADROOM_SHARE, least))
         elif not 1 <= self.headroom <= _MAX_ROWS:
             raise InvalidInput(f"ReplayTable headroom must be in [1, {_MAX_ROWS}] rows or None, got {self.headroom!r}")
 

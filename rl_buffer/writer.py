@@ -64,7 +64,9 @@ class ReplayWriter:
         self._rows = rows
         self._explain = explain
         self._parameter_version = parameter_version
-        self._chunk_steps = -(-chunk_size // num_envs)
+        # A commit is at most a table: smaller chunks for a small one.
+        chunk_size = min(chunk_size, table.capacity - table.n_step * num_envs)
+        self._chunk_steps = max(1, -(-chunk_size // num_envs))
         # A start waits for n steps at most, one of them for the value of the state behind its window.
         self._history = StepHistory(table, num_envs, autoreset, self._chunk_steps + table.n_step)
         self._new_steps = 0
@@ -176,13 +178,20 @@ class ReplayWriter:
         self._finish(timeout_s, close=False)
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Publish everything, unfinished windows as shorter ones, and give the rows back. Twice is fine."""
+        """Publish everything, unfinished windows as shorter ones, and give the rows back. Twice is fine.
+
+        Raises:
+            DeadlineExceeded: the table did not take them in time; the writer stays open and nothing is lost.
+            ServerLost: the server ended; what it had not acknowledged is lost.
+        """
         if self._closed:
             return
         self._finish(timeout_s, close=True)
         self._closed = True
-        self._call(messages.CloseChannel(self._channel.number))
-        self._channel.close()
+        try:
+            self._call(messages.CloseChannel(self._channel.number))
+        finally:
+            self._channel.close()
 
     def __enter__(self) -> "ReplayWriter":
         return self

@@ -3,17 +3,16 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
 
 import msgspec
 import torch
-import tyro
 
 from learner.evaluation import FINAL_SEED, evaluate
 from learner.q_network import QNetwork
 from learner.run_directory import RunDirectory
+from learner.script import run_script
 
 
 @dataclass
@@ -22,9 +21,7 @@ class Evaluate:
 
     policy: Path
     """Run directory, e.g. runs/NAME."""
-    seeds: Annotated[tuple[int, ...], tyro.conf.arg(metavar="SEED [SEED ...]")] = tuple(
-        range(FINAL_SEED, FINAL_SEED + 100)
-    )
+    seeds: tuple[int, ...] | None = None
     """Environment seeds, one episode each; by default the hundred that end a training run."""
     render: bool = False
     """Show the episodes in a window."""
@@ -36,7 +33,8 @@ def main(options: Evaluate) -> None:
     env_id = run.load_config(RunEnvironment).env
     network = QNetwork.from_parameters(run.load_policy())
     torch.set_num_threads(1)
-    returns = evaluate(lambda observations: network(observations).argmax(1), env_id, options.seeds, options.render)
+    seeds = options.seeds or range(FINAL_SEED, FINAL_SEED + 100)
+    returns = evaluate(lambda observations: network(observations).argmax(1), env_id, seeds, options.render)
     print(
         f"{env_id}: mean return {returns.mean():.2f}, std {returns.std():.2f}, min {returns.min():.2f}, "
         f"max {returns.max():.2f} over {len(returns)} episodes"
@@ -50,7 +48,4 @@ class RunEnvironment(msgspec.Struct):
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Evaluate, description=__doc__))
-    except (OSError, KeyboardInterrupt) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main, Evaluate, __doc__)

@@ -10,8 +10,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 import tyro
 
 import rl_buffer as rb
-from actors.crew import CrewOptions, ReplayCrew, TooManyFailures
+from actors.crew import CrewOptions, ReplayCrew
+from actors.environments import transition_spec
+from learner.apex_dqn import TABLE
 from learner.q_network import EpsilonGreedyPolicy, apex_epsilons
+from learner.script import run_script
 from rl_buffer.address import default_address
 
 _NEWS_EVERY_S = 0.5
@@ -39,6 +42,16 @@ class RunActors:
 def main(options: RunActors) -> None:
     """Start the crew and tend it."""
     total = options.total_actors or options.first_actor + options.crew.num_actors
+    if total < options.first_actor + options.crew.num_actors:
+        raise rb.InvalidInput(
+            f"--total-actors {total} is less than --first-actor {options.first_actor} + --num-actors "
+            f"{options.crew.num_actors}"
+        )
+    spec = transition_spec(options.env)
+    print(f"waiting for a server at {options.connect}", flush=True)
+    with rb.connect(options.connect, options.timeout_s) as client:  # once here, before every actor finds out alone
+        if client.tables[TABLE].spec != spec:
+            raise rb.InvalidInput(f"the server at {options.connect} stores another environment than {options.env}")
     crew = ReplayCrew(
         options.connect,
         options.env,
@@ -49,20 +62,15 @@ def main(options: RunActors) -> None:
         first=options.first_actor,
         timeout_s=options.timeout_s,
     )
-    try:
-        with crew:
-            crew.start()
-            print(f"started {', '.join(f'{name} (pid {pid})' for name, pid in crew.pids.items())}", flush=True)
-            while crew.is_at_work:
-                time.sleep(_NEWS_EVERY_S)
-                for line in crew.tend():
-                    print(line, flush=True)
-            print("the run is over")
-    except KeyboardInterrupt:
-        print("stopped")
-    except (rb.RLBufferError, TooManyFailures) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with crew:
+        crew.start()
+        print(f"started {', '.join(f'{name} (pid {pid})' for name, pid in crew.pids.items())}", flush=True)
+        while crew.is_at_work:
+            time.sleep(_NEWS_EVERY_S)
+            for line in crew.tend():
+                print(line, flush=True)
+        print("the run is over")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(RunActors, description=__doc__))
+    run_script(main, RunActors, __doc__)

@@ -8,11 +8,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 
 import tyro
 
-import rl_buffer as rb
 from learner.apex_dqn import ApexDQN, LearnerOptions, describe, train
 from learner.display import Display
-from learner.presets import options_from_command_line
 from learner.run_directory import RunDirectory
+from learner.script import run_script
 from rl_buffer.address import default_address
 
 
@@ -35,21 +34,17 @@ class RunLearner:
 
 def main(options: RunLearner) -> None:
     """Learn until the run is over."""
-    try:
-        if options.resume is None:
-            run = RunDirectory.new("apex_dqn", options.env, options.seed, options.name)
-            run.save_config(options)
-        else:
-            run = RunDirectory(options.resume)
-        with Display(f"Ape-X DQN learner: {options.env}") as display:
-            agent = ApexDQN(options.learner, options.env, options.seed)
-            summary = train(agent, options.connect, run, display, resume=options.resume is not None)
-        print(f"{describe(summary)}; see {run.path}/")
-    except KeyboardInterrupt:
-        print("stopped")
-    except (rb.RLBufferError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    agent = ApexDQN(options.learner, options.env, options.seed)
+    if options.resume is None:
+        run = RunDirectory.new("apex_dqn", options.env, options.seed, options.name)
+        run.save_config(options)
+    else:
+        run = RunDirectory(options.resume)
+        run.load_learner()
+    with Display(f"Ape-X DQN learner: {options.env}") as display:
+        summary = train(agent, options.connect, run, display, resume=options.resume is not None)
+    print(f"{describe(summary)}; see {run.path}/")
 
 
 if __name__ == "__main__":
-    main(options_from_command_line(RunLearner, __doc__))
+    run_script(main, RunLearner, __doc__)

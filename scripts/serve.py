@@ -12,8 +12,10 @@ import tyro
 import rl_buffer as rb
 from actors.environments import transition_spec
 from learner.apex_dqn import TABLE, TableOptions, apex_table
-from learner.presets import options_from_command_line
+from learner.script import run_script
 from rl_buffer.address import default_address
+
+_LOOK_EVERY_S = 0.2
 
 
 @dataclass
@@ -36,17 +38,12 @@ def main(options: Serve) -> None:
     print(
         f"reserving {table.rows_nbytes / 2**20:,.0f} MiB for {table.num_rows:,} rows of {table.layout.stride_nbytes} B"
     )
-    try:
-        with server:
-            print(f"serving {options.env} at {server.address} (pid {server.pid}); Ctrl-C ends it", flush=True)
-            while server.is_alive():
-                time.sleep(0.2)
-            sys.exit("the server process ended; see above for its error")
-    except KeyboardInterrupt:
-        print("stopped")
-    except rb.RLBufferError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    with server:
+        print(f"serving {options.env} at {server.address} (pid {server.pid}); Ctrl-C ends it", flush=True)
+        while server.is_alive():
+            time.sleep(_LOOK_EVERY_S)
+    raise rb.ServerLost("the server process ended; its own error stands above")
 
 
 if __name__ == "__main__":
-    main(options_from_command_line(Serve, __doc__))
+    run_script(main, Serve, __doc__)

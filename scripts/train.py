@@ -14,13 +14,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 import tyro
 
 import rl_buffer as rb
-from actors.crew import CrewOptions, ReplayCrew, TooManyFailures
+from actors.crew import CrewOptions, ReplayCrew
 from actors.environments import transition_spec
-from learner.apex_dqn import TABLE, ApexDQN, LearnerOptions, TableOptions, apex_table, describe, train
+from learner.apex_dqn import (
+    TABLE,
+    ApexDQN,
+    LearnerOptions,
+    TableOptions,
+    apex_table,
+    describe,
+    train,
+    vector_inputs_and_discrete_actions,
+)
 from learner.display import Display
-from learner.presets import options_from_command_line
 from learner.q_network import EpsilonGreedyPolicy, apex_epsilons
 from learner.run_directory import RunDirectory
+from learner.script import run_script
 from rl_buffer.address import fresh_address
 
 
@@ -43,12 +52,14 @@ class Train:
 
 def main(options: Train) -> None:
     """Start the server, the crew and the learner, and end them in the opposite order."""
+    vector_inputs_and_discrete_actions(options.env)  # refuse before anything is made or started
+    table = apex_table(options.table, transition_spec(options.env), options.seed)
     if options.resume is None:
         run = RunDirectory.new("apex_dqn", options.env, options.seed, options.name)
         run.save_config(options)
     else:
         run = RunDirectory(options.resume)
-    table = apex_table(options.table, transition_spec(options.env), options.seed)
+        run.load_learner()
     epsilons = apex_epsilons(options.crew.num_actors * options.crew.envs_per_actor)
     address = fresh_address()
     crew = ReplayCrew(address, options.env, options.crew, epsilons, EpsilonGreedyPolicy, seed=options.seed)
@@ -72,9 +83,4 @@ def main(options: Train) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(options_from_command_line(Train, __doc__))
-    except KeyboardInterrupt:
-        print("stopped")
-    except (rb.RLBufferError, OSError, TooManyFailures) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    run_script(main, Train, __doc__)

@@ -35,7 +35,7 @@ def checksum(number):
 def write_numbers(address, pipe, count, start=0, chunk_size=8, num_envs=1, table="replay"):
     """Write rows `start`, `start` + 1, ...; `count` None: until killed. Says "ready" before and "done" after."""
     with rb.connect(address, 30.0, name=f"writer-{start}") as client:
-        writer = client.writer(table, num_envs=num_envs, chunk_size=chunk_size)
+        writer = client.writer(table, num_envs=num_envs, autoreset=None, chunk_size=chunk_size)
         pipe.send("ready")
         number = start
         while count is None or number < start + count:

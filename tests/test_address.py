@@ -180,12 +180,12 @@ def test_an_owner_that_leaves_while_another_comes_does_not_fool_it(directory, mo
     address.release(fd)
 
 
-def test_fresh_addresses_differ_and_are_private():
+def test_fresh_addresses_differ_and_make_nothing_before_a_server_takes_them():
     addresses = [Address(fresh_address()) for _ in range(2)]
     assert addresses[0].directory != addresses[1].directory
     for address in addresses:
-        address.check_private()
-        address.release(address.acquire())
+        assert not address.directory.exists()
+        assert address.directory.parent.is_dir()
 
 
 def test_a_fresh_address_is_below_the_runtime_directory(tmp_path, monkeypatch):

@@ -152,8 +152,11 @@ def test_rates_are_of_the_last_seconds():
     rates = Rates()
     for wall_s in range(20):
         count = 10 * wall_s if wall_s < 10 else 100 * wall_s
-        result = rates.update({"wall_s": wall_s, "env_steps": count, "updates": 0, "samples": 2 * count})
-    assert result == {"env_steps_per_s": 100.0, "updates_per_s": 0.0, "samples_per_s": 200.0}
+        result = rates.update(
+            {"wall_s": wall_s, "env_steps": count, "updates": 0, "inserts": count, "samples": 2 * count}
+        )
+    expected = {"env_steps_per_s": 100.0, "updates_per_s": 0.0, "inserts_per_s": 100.0, "samples_per_s": 200.0}
+    assert result == expected
 
 
 def test_metrics_keep_gaps_as_nan(tmp_path):

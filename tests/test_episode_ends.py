@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from rl_buffer.episode_ends import autoreset_mode, final_observation, num_envs_and_autoreset
+from rl_buffer.episode_ends import autoreset_mode, final_observation, stated_autoreset
 from rl_buffer.errors import InvalidInput
 
 
@@ -33,13 +33,13 @@ def test_an_unknown_mode_is_refused(given):
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_a_vector_environment_says_its_number_and_mode(mode):
     envs = gymnasium.make_vec("CartPole-v1", 3, "sync", vector_kwargs={"autoreset_mode": mode})
-    assert num_envs_and_autoreset(envs) == (3, autoreset_mode(mode))
+    assert stated_autoreset(envs) == autoreset_mode(mode)
     envs.close()
 
 
 def test_a_single_environment_is_one_that_its_caller_resets():
     env = gymnasium.make("CartPole-v1")
-    assert num_envs_and_autoreset(env) == (1, None)
+    assert stated_autoreset(env) is None
     env.close()
 
 
@@ -51,7 +51,7 @@ def test_a_vector_environment_that_does_not_say_how_it_resets_is_refused(metadat
     envs = Envs()
     envs.metadata = metadata
     with pytest.raises(InvalidInput, match=r"Envs does not say how it resets .* pass num_envs=4 and autoreset="):
-        num_envs_and_autoreset(envs)
+        stated_autoreset(envs)
 
 
 class Episodes(gymnasium.Env):

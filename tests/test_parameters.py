@@ -35,7 +35,7 @@ def test_a_published_network_arrives_equal_and_independent(publisher, reader):
     network = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))  # float32, and an int64 scalar
     assert publisher.publish_parameters(network.state_dict(), "network") == 1
     version, state_dict = reader.parameters("network")
-    assert version == reader.parameter_version == 1
+    assert version == reader.parameter_versions["network"] == 1
     assert list(state_dict) == list(network.state_dict())
     for key, tensor in network.state_dict().items():
         assert state_dict[key].dtype == tensor.dtype

@@ -235,9 +235,15 @@ def test_a_table_that_could_not_work_is_refused(arguments, message):
         ReplayTable(SPEC, **{"capacity": 8} | arguments)
 
 
-@pytest.mark.parametrize(("capacity", "headroom"), [(1, 1), (100, 100), (4096, 4096), (160_000, 10_000)])
+@pytest.mark.parametrize(("capacity", "headroom"), [(1, 4096), (4096, 4096), (160_000, 10_000)])
 def test_the_default_headroom_is_a_sixteenth_within_bounds(capacity, headroom):
     assert ReplayTable(SPEC, capacity).headroom == headroom
+
+
+def test_the_default_headroom_of_large_rows_is_bounded_in_bytes():
+    image = TransitionSpec(obs=Field((4, 84, 84), "uint8"), action=Field((), "int64"))
+    table = ReplayTable(image, 2000)
+    assert table.headroom == (64 << 20) // table.layout.stride_nbytes == 1187
 
 
 class TableMachine(RuleBasedStateMachine):

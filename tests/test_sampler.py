@@ -62,7 +62,7 @@ def test_batches_have_the_shapes_dtypes_and_values_of_the_spec(client, contiguou
     obs = {"camera": rng.integers(256, size=(3, 2, 3), dtype=np.uint8), "speed": np.arange(3, dtype=np.float32)}
     next_obs = {"camera": 255 - obs["camera"], "speed": obs["speed"] + 1}
     actions, hidden = rng.random((3, 2), np.float32), rng.random((3, 5)).astype(np.float16)
-    with client.writer("dict", num_envs=3, chunk_size=3) as writer:
+    with client.writer("dict", num_envs=3, autoreset=None, chunk_size=3) as writer:
         done, truncated = [True, True, False], [False, True, False]
         writer.add(obs, actions, [1.0, 2.0, 4.0], done, next_obs, truncated, extras={"hidden": hidden})
     with client.sampler("dict", batch_size=32, contiguous=contiguous) as sampler:

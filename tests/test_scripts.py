@@ -144,7 +144,7 @@ def test_four_terminals_connect_in_any_order(script, tmp_path):
         script("run_actors.py", "--connect", address, "--num-actors", "1", "--first-actor", "1"),
     ]
     for crew in actors:
-        crew.wait_for("started actor-")
+        crew.wait_for("waiting for a server")
     server = script("serve.py", "--address", address)
     server.wait_for("serving CartPole-v1")
     assert "max_env_steps reached" in learner.finish()
@@ -188,10 +188,7 @@ def test_no_process_outlives_a_killed_trainer(script):
 def test_ctrl_c_ends_each_part_within_5_s_even_while_it_waits_for_the_others(script, tmp_path, name):
     flag = "--address" if name == "serve.py" else "--connect"
     part = script(name, flag, str(tmp_path / "nobody"))
-    if name != "run_learner.py":
-        part.wait_for("serving" if name == "serve.py" else "started")
-    else:
-        part.wait_for("waiting for a server")
+    part.wait_for("serving" if name == "serve.py" else "waiting for a server")
     everybody = descendants(part.process.pid) | {part.process.pid}
     assert part.interrupt() < 5
     wait_until_none_is_alive(everybody, seconds=1)
@@ -201,3 +198,25 @@ def is_actor(pid: int) -> bool:
     """A child of the forkserver; the forkserver, the server and helpers of multiprocess are not."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return b"forkserver" in Path(f"/proc/{parent}/cmdline").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.py", "--env", "Foo-v0"], "Foo"),
+        (["train.py", "--env", "Pendulum-v1"], "Ape-X DQN needs Box observations and Discrete actions"),
+        (["train.py", "--num-actors", "0"], "--num-actors must be at least 1, got 0"),
+        (["train.py", "--resume", "runs/none"], "runs/none holds no run"),
+        (["run_learner.py", "--resume", "runs/none"], "runs/none holds no run"),
+        (["evaluate.py", "--policy", "runs/none"], "runs/none holds no run"),
+        (["run_actors.py", "--connect", "nobody", "--timeout-s", "0.1"], "no server came up at"),
+        (["run_actors.py", "--total-actors", "1"], "--total-actors 1 is less than"),
+    ],
+)
+def test_a_mistake_ends_a_script_with_one_clear_line_and_leaves_no_run_behind(script, tmp_path, arguments, message):
+    wrong = script(*arguments)
+    output, _ = wrong.process.communicate(timeout=DEADLINE_S)
+    assert wrong.process.returncode != 0
+    assert message in output
+    assert "Traceback" not in output
+    assert not (tmp_path / "runs").exists()

@@ -1,5 +1,6 @@
 """Tables as many processes see them at once: the replay_buffer face, limiters, clear, statistics, seeds."""
 
+import os
 import threading
 from collections import deque
 
@@ -210,8 +211,10 @@ def test_the_ratio_limiter_holds_samplers_and_writers(client):
 
 def test_info_says_who_is_there_and_who_waits_for_what(server, client, connect):
     actor = connect(server, name="actor-7")
-    actor.publish_parameters({"w": np.zeros(2)}, "info")
-    actor.parameters("info")
+    actor.publish_parameters({"w": np.zeros(2)})
+    actor.publish_parameters({"w": np.zeros(2)}, "another")
+    actor.parameters("policy")
+    actor.parameters("another")
     with (
         actor.writer("other", num_envs=1, chunk_size=4) as writer,
         client.sampler("replay", batch_size=8, prefetch=1),
@@ -228,8 +231,8 @@ def test_info_says_who_is_there_and_who_waits_for_what(server, client, connect):
     assert answer["tables"]["other"]["size"] == 4
     assert answer["tables"]["other"]["capacity"] == 1000
     assert answer["tables"]["other"]["reserved_rows"] == 10
-    assert answer["tables"]["replay"]["waits"] == [": sampling waits: 0 of 1 items"]
-    assert answer["parameters"]["info"] == 1
+    assert answer["tables"]["replay"]["waits"] == [f"pid {os.getpid()}: sampling waits: 0 of 1 items"]
+    assert answer["parameters"]["another"] == 1
 
 
 def test_any_thread_may_ask(client):
@@ -248,7 +251,7 @@ def test_any_thread_may_ask(client):
 
 
 def test_servers_without_tables_or_before_their_start_say_so():
-    with pytest.raises(rb.InvalidInput, match="at least one table"):
+    with pytest.raises(rb.InvalidInput, match="takes a mapping such as"):
         rb.BufferServer({})
     with pytest.raises(rb.InvalidInput, match=r"no address before start\(\)"):
         _ = rb.BufferServer({"replay": table()}).address

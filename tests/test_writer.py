@@ -133,7 +133,7 @@ def test_a_truncation_bootstraps_from_the_true_final_observation_in_every_mode(c
 
 
 def test_terminated_is_done_and_not_truncated_unless_it_is_given(client):
-    with client.writer("n1", num_envs=3) as writer:
+    with client.writer("n1", num_envs=3, autoreset=None) as writer:
         obs = np.zeros((3, 3), np.float32)
         writer.add(obs, np.arange(3), np.zeros(3), [True, True, False], obs, truncated=[False, True, True])
         writer.add(obs, np.arange(3, 6), np.zeros(3), [True] * 3, obs, [True] * 3, terminated=[True, False, True])
@@ -145,7 +145,7 @@ def test_terminated_is_done_and_not_truncated_unless_it_is_given(client):
 
 def test_a_manual_reset_cuts_windows_and_drops_the_running_return(client):
     before = client.stats().get("train/num_episodes", 0)
-    with client.writer("n3", num_envs=2, chunk_size=64) as writer:
+    with client.writer("n3", num_envs=2, autoreset=None, chunk_size=64) as writer:
 
         def step(number, done=False):
             obs = np.array([[env, 0, number] for env in range(2)], np.float32)
@@ -181,7 +181,7 @@ def test_after_a_manual_reset_the_next_step_is_no_dummy(client):
 def test_dictionary_observations_and_extras_arrive_leaf_by_leaf(client):
     rng = np.random.default_rng(0)
     added = []
-    with client.writer("dict", num_envs=2, chunk_size=6) as writer:
+    with client.writer("dict", num_envs=2, autoreset=None, chunk_size=6) as writer:
         for _ in range(10):
             obs, next_obs = (
                 {
@@ -251,7 +251,7 @@ def test_tensors_columns_and_plain_numbers_store_the_same_as_arrays(client):
     import torch
 
     obs = np.arange(6, dtype=np.float32).reshape(2, 3)
-    with client.writer("n1", num_envs=2) as writer:
+    with client.writer("n1", num_envs=2, autoreset=None) as writer:
         writer.add(obs, np.array([1, 2]), np.array([3.0, 4.0]), np.array([True, False]), obs, np.array([False, True]))
         expected = stored_rows_after_flush(client, writer)
         writer.add(
@@ -405,7 +405,7 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[f"{next(iter(c))}-{i}" for i, (c, _) in enumerate(BAD)])
 def test_a_refused_add_names_the_argument_and_adds_nothing(client, change, message):
-    with client.writer("prioritized", num_envs=2, chunk_size=2) as writer:
+    with client.writer("prioritized", num_envs=2, autoreset=None, chunk_size=2) as writer:
         before = client.stats().get("train/num_episodes", 0)
         with pytest.raises(rb.InvalidInput, match=message):
             writer.add(**GOOD | change)

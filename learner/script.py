@@ -1,10 +1,17 @@
-"""Options that suit an environment, where they are not the defaults (which suit CartPole-v1)."""
+"""From the command line to a run: options that suit an environment, and how a script ends.
 
-from collections.abc import Mapping
+The defaults suit CartPole-v1.
+"""
+
+import sys
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import gymnasium as gym
 import tyro
 
+import rl_buffer as rb
+from actors.crew import TooManyFailures
 from learner.run_directory import RunDirectory
 
 _Options = TypeVar("_Options")
@@ -28,13 +35,27 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
 }
 
 
+def run_script(main: Callable[[_Options], None], options_type: type[_Options], description: str | None) -> None:
+    """Parse, run, and say in one line what a user can mend; a traceback is for our own mistakes."""
+    try:
+        main(options_from_command_line(options_type, description))
+    except KeyboardInterrupt:
+        print("stopped")
+    except (rb.RLBufferError, OSError, TooManyFailures, gym.error.Error) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
 def options_from_command_line(options_type: type[_Options], description: str | None) -> _Options:
     """Parse the command line; what it leaves open comes from the resumed run, else the preset, else the defaults."""
     given = tyro.cli(options_type, description=description)
     resume = getattr(given, "resume", None)
     if resume is not None:
-        return tyro.cli(options_type, description=description, default=RunDirectory(resume).load_config(options_type))
-    preset = PRESETS.get(given.env)  # type: ignore[attr-defined]
+        stored = RunDirectory(resume).load_config(options_type)
+        options = tyro.cli(options_type, description=description, default=stored)
+        if options.env != stored.env:
+            raise rb.InvalidInput(f"{resume} is a run of {stored.env}, not of {options.env}")
+        return options
+    preset = PRESETS.get(getattr(given, "env", ""))
     if preset is None:
         return given
     defaults = options_type()
