@@ -245,6 +245,7 @@ class ServerConfig(msgspec.Struct, frozen=True):
     address: str
     tables: dict[str, ReplayTable]
     stats: StatsConfig
+    parent_pid: int
 
 
 class ServerStatus(msgspec.Struct, frozen=True):

@@ -106,7 +106,7 @@ class BufferServer:
             start_new_session=True,  # Ctrl-C in the terminal is for the parent to act on
         )
         try:
-            config = ServerConfig(self._address, self.tables, self._stats)
+            config = ServerConfig(self._address, self.tables, self._stats, os.getpid())
             _pipe(self._process.stdin).write(msgspec.json.encode(config) + b"\n")
             _pipe(self._process.stdin).flush()
             self._wait_until_ready(time.monotonic() + timeout_s, timeout_s, progress)

@@ -341,6 +341,8 @@ def _main() -> None:
         # Not end-of-file on stdin: a forked child of the parent would hold it open.
         parent_pidfd = os.pidfd_open(os.getppid())
         config = msgspec.json.decode(sys.stdin.buffer.readline(), type=ServerConfig)
+        if os.getppid() != config.parent_pid:
+            return  # it ended before we could watch it
         loop = ServerLoop(config)
     except (RLBufferError, msgspec.MsgspecError, OSError) as error:
         _say(ServerStatus(error=str(error), error_class=type(error).__name__))

@@ -130,7 +130,7 @@ def test_a_table_reaches_clients_and_server_as_it_was_written(table):
     arrived = messages.decode_attach_reply(messages.encode_attach(welcome))
     assert arrived == welcome
     assert arrived.tables["replay"].config.layout.digest == table.layout.digest
-    config = messages.ServerConfig("ipc:///x", {"replay": table}, StatsConfig(extra_metrics_keys=("a",)))
+    config = messages.ServerConfig("ipc:///x", {"replay": table}, StatsConfig(extra_metrics_keys=("a",)), parent_pid=1)
     assert msgspec.json.decode(msgspec.json.encode(config), type=messages.ServerConfig) == config
 
 

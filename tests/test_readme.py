@@ -28,7 +28,7 @@ def test_every_python_block_runs_as_it_stands(block, tmp_path):
         [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S
     )
     assert result.returncode == 0, result.stderr
-    assert "mean return of all actors: " in result.stdout
+    assert result.stderr == ""
 
 
 def test_the_two_commands_are_complete_and_ci_runs_the_second():
