@@ -25,6 +25,7 @@ from rl_buffer.errors import (
     DeadlineExceeded,
     InvalidInput,
     RequestRefused,
+    RLBufferError,
     ServerLost,
 )
 from rl_buffer.peers import peer_process
@@ -47,6 +48,7 @@ class Connection:
             DeadlineExceeded: none came up, or it did not answer.
             ConnectionRefused: it does not let this process in.
         """
+        _check_processor()
         self.address = address
         self.guard = ProcessGuard()
         self._lock = threading.Lock()
@@ -217,6 +219,13 @@ class Channel:
         """Close the socket; unsent frames are dropped."""
         self._socket.close()
         self.connection.forget(self)
+
+
+def _check_processor() -> None:
+    if os.uname().machine != "x86_64":
+        raise RLBufferError(
+            f"this processor is {os.uname().machine}; readers rely on the load order of x86-64 to notice overwritten rows"
+        )
 
 
 def server_lost(address: Address) -> ServerLost:
