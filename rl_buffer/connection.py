@@ -224,7 +224,7 @@ class Channel:
 def _check_processor() -> None:
     if os.uname().machine != "x86_64":
         raise RLBufferError(
-            f"this processor is {os.uname().machine}; readers rely on the load order of x86-64 to notice overwritten rows"
+            f"this processor is {os.uname().machine}; readers rely on the load order of x86-64 to see overwritten rows"
         )
 
 

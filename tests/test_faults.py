@@ -379,8 +379,8 @@ def test_nothing_is_left_in_dev_shm_or_at_the_address(serve, connect):
     assert not directory.exists()
 
 
-def test_a_processor_with_another_memory_order_is_refused(server, monkeypatch):
+def test_a_processor_with_another_memory_order_is_refused(address, monkeypatch):
     uname = os.uname()
     monkeypatch.setattr(os, "uname", lambda: type(uname)((*uname[:4], "aarch64")))
     with pytest.raises(rb.RLBufferError, match="this processor is aarch64"):
-        rb.connect(server.address)
+        rb.connect(address)
