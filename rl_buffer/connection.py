@@ -8,7 +8,6 @@ import contextlib
 import itertools
 import math
 import os
-import select
 import socket
 import threading
 import time
@@ -28,7 +27,7 @@ from rl_buffer.errors import (
     RLBufferError,
     ServerLost,
 )
-from rl_buffer.peers import peer_process
+from rl_buffer.peers import peer_process, readable
 from rl_buffer.storage import ProcessGuard, Segment
 
 _RETRY_S = 0.02  # between looks for a server that has not been started yet
@@ -89,7 +88,7 @@ class Connection:
         with self._lock:
             try:
                 self._socket.send(messages.encode_attach(request))
-                if not _readable(self._socket.fileno(), timeout_s):
+                if not readable(self._socket.fileno(), timeout_s):
                     raise DeadlineExceeded(f"{self.address} did not answer within {timeout_s} s; is it stopped?")
                 packet, fds, _, _ = socket.recv_fds(self._socket, messages.MAX_ATTACH_NBYTES, _MAX_FDS_PER_PACKET)
             except OSError as error:
@@ -124,7 +123,7 @@ class Connection:
         Raises:
             ServerLost: its process ended.
         """
-        if _readable(self._server_pidfd, seconds):
+        if readable(self._server_pidfd, seconds):
             raise server_lost(self.address)
 
     def check(self) -> None:
@@ -255,13 +254,6 @@ def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[soc
         except BaseException:
             attach.close()
             raise
-
-
-def _readable(fd: int, timeout_s: float) -> bool:
-    # Not select(), which refuses descriptors above 1023.
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    return bool(poller.poll(math.ceil(timeout_s * 1000)))
 
 
 def _close_in_forked_child() -> None:

@@ -1,6 +1,8 @@
 """Which process is at the other end of a Unix socket, and how to see it end."""
 
+import math
 import os
+import select
 import socket
 import sys
 
@@ -28,3 +30,10 @@ def peer_process(connected: socket.socket) -> tuple[int, int]:
                 "the other side runs in another PID namespace, which needs Linux 6.5 to be watched"
             ) from None
         return pid, os.pidfd_open(pid)
+
+
+def readable(fd: int, timeout_s: float) -> bool:
+    """Whether a descriptor becomes readable in time: a socket has something, or the process of a pidfd has ended."""
+    poller = select.poll()  # not select(), which refuses descriptors above 1023
+    poller.register(fd, select.POLLIN)
+    return bool(poller.poll(math.ceil(timeout_s * 1000)))

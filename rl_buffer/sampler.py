@@ -142,12 +142,13 @@ class ReplaySampler:
 
     def close(self) -> None:
         """Stop the stream. Twice is fine."""
-        if not self._closed:
-            self._closed = True
-            try:
-                self._call(messages.CloseChannel(self._channel.number))
-            finally:
-                self._channel.close()
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._call(messages.CloseChannel(self._channel.number))
+        finally:
+            self._channel.close()
 
     def __enter__(self) -> "ReplaySampler":
         return self
@@ -155,11 +156,9 @@ class ReplaySampler:
     def __exit__(self, exception_type: object, *_: object) -> None:
         if exception_type is None:
             self.close()
-        elif not self._closed:
-            self._closed = True
+        else:
             with contextlib.suppress(RLBufferError):  # the block's error matters more
-                self._call(messages.CloseChannel(self._channel.number))
-            self._channel.close()
+                self.close()
 
     def _ask(self, num_credits: int) -> None:
         if num_credits > 0:

@@ -25,7 +25,7 @@ from rl_buffer.address import Address
 from rl_buffer.errors import InvalidInput, NotEnoughMemory, RLBufferError
 from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.parameter_slots import BOARD_LENGTH, NUM_SLOTS, ParameterSlots
-from rl_buffer.peers import peer_process
+from rl_buffer.peers import peer_process, readable
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.server_core import Outgoing, ServerCore
 from rl_buffer.spec import Field, RowLayout
@@ -160,7 +160,7 @@ class ServerLoop:
             return
         if fd == connection.pidfd:
             # Looked at again: the event may be an older one, of a descriptor closed meanwhile that had this number.
-            if not _has_ended(fd):
+            if not readable(fd, 0.0):
                 return
             self._forget(connection)
             self._send(self._core.exited(connection.token))
@@ -292,12 +292,6 @@ def _reserve_tables(tables: dict[str, ReplayTable]) -> dict[str, _TableMemory]:
         memory[name] = _TableMemory(table, rows, generations)
         reserved += rows.nbytes + generations.nbytes
     return memory
-
-
-def _has_ended(pidfd: int) -> bool:
-    poller = select.poll()
-    poller.register(pidfd, select.POLLIN)
-    return bool(poller.poll(0))
 
 
 def _offer(segment: OwnedSegment, fds: list[int]) -> messages.SegmentInfo:

@@ -187,11 +187,7 @@ class ReplayWriter:
         if self._closed:
             return
         self._finish(timeout_s, close=True)
-        self._closed = True
-        try:
-            self._call(messages.CloseChannel(self._channel.number))
-        finally:
-            self._channel.close()
+        self._leave()
 
     def __enter__(self) -> "ReplayWriter":
         return self
@@ -200,10 +196,15 @@ class ReplayWriter:
         if exception_type is None:
             self.close()
         elif not self._closed:
-            self._closed = True
             # The rows go back, what is staged is dropped; and the block's error matters more than one from here.
             with contextlib.suppress(RLBufferError):
-                self._call(messages.CloseChannel(self._channel.number))
+                self._leave()
+
+    def _leave(self) -> None:
+        self._closed = True
+        try:
+            self._call(messages.CloseChannel(self._channel.number))
+        finally:
             self._channel.close()
 
     def _finish(self, timeout_s: float | None, *, close: bool) -> None:

@@ -83,3 +83,12 @@ def receive():
         return end.recv()
 
     return wait
+
+
+@pytest.fixture
+def client(server, connect):
+    """A client of the module's `server`, whose tables are emptied first."""
+    client = connect(server)
+    for name in client.tables:
+        client.clear(name)
+    return client

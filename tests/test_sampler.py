@@ -36,14 +36,6 @@ def server():
         yield server
 
 
-@pytest.fixture
-def client(server, connect):
-    client = connect(server)
-    for name in client.tables:
-        client.clear(name)
-    return client
-
-
 def add(client, name, actions, priorities=None):
     priorities = [None] * len(actions) if priorities is None else priorities
     with client.writer(name, num_envs=1, chunk_size=1) as writer:

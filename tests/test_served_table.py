@@ -46,14 +46,6 @@ def server():
         yield server
 
 
-@pytest.fixture
-def client(server, connect):
-    client = connect(server)
-    for name in client.tables:
-        client.clear(name)
-    return client
-
-
 def test_several_writer_processes_and_two_samplers_share_two_tables(server, client, children, pipe, receive):
     episodes_before = client.stats().get("train/num_episodes", 0)
     ends = []

@@ -45,14 +45,6 @@ def server():
         yield server
 
 
-@pytest.fixture
-def client(server, connect):
-    client = connect(server)
-    for name in client.tables:
-        client.clear(name)
-    return client
-
-
 def play(envs, writer, num_steps, seed=0):
     """Random actions; every call as a user of that kind of environment would make it."""
     rng = np.random.default_rng(seed)
