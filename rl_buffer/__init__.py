@@ -4,11 +4,13 @@
 
     layer       modules
     pure        errors, spec, allocator, kernels, sum_tree, row_set, samplers, rate_limiters, n_step, stats_tracker,
-                tables, inputs, episode_ends, step_history, replay_table, parameter_slots, address
-    memory      storage, peers
+                tables, inputs, episode_ends, step_history, transition_history, sequence_history, offline, replay_input,
+                replay_table, parameter_slots, address, buffer_arguments, gae, rollout_fragment
+    memory      storage, peers, local_rows, buffer_files
+    buffers     batches, replay_buffer, prioritized_replay_buffer, rollout_buffer
     protocol    frames, messages
     processes   sessions, server_info, server_core, server_loop, server     (the server)
-                connection, parameters, writer, batches, sampler, served_buffer, client     (its clients)
+                connection, parameters, writer, sampler, served_buffer, client     (its clients)
                 launch                                               (child processes of a trainer)
 """
 
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rl_buffer.batches import ReplayBatch as ReplayBatch
+    from rl_buffer.batches import SequenceBatch as SequenceBatch
     from rl_buffer.client import Client as Client
     from rl_buffer.client import connect as connect
     from rl_buffer.errors import AddressInUse as AddressInUse
@@ -29,8 +32,12 @@ if TYPE_CHECKING:
     from rl_buffer.errors import RequestRefused as RequestRefused
     from rl_buffer.errors import RLBufferError as RLBufferError
     from rl_buffer.errors import ServerLost as ServerLost
+    from rl_buffer.prioritized_replay_buffer import PrioritizedReplayBuffer as PrioritizedReplayBuffer
     from rl_buffer.rate_limiters import MinSize as MinSize
     from rl_buffer.rate_limiters import SampleToInsertRatio as SampleToInsertRatio
+    from rl_buffer.replay_buffer import ReplayBuffer as ReplayBuffer
+    from rl_buffer.rollout_buffer import RolloutBatch as RolloutBatch
+    from rl_buffer.rollout_buffer import RolloutBuffer as RolloutBuffer
     from rl_buffer.sampler import ReplaySampler as ReplaySampler
     from rl_buffer.samplers import Prioritized as Prioritized
     from rl_buffer.samplers import Uniform as Uniform
@@ -54,13 +61,18 @@ _MODULES = {
     "MinSize": "rate_limiters",
     "NotEnoughMemory": "errors",
     "Prioritized": "samplers",
+    "PrioritizedReplayBuffer": "prioritized_replay_buffer",
     "RLBufferError": "errors",
     "ReplayBatch": "batches",
+    "ReplayBuffer": "replay_buffer",
     "ReplaySampler": "sampler",
     "ReplayTable": "tables",
     "ReplayWriter": "writer",
     "RequestRefused": "errors",
+    "RolloutBatch": "rollout_buffer",
+    "RolloutBuffer": "rollout_buffer",
     "SampleToInsertRatio": "rate_limiters",
+    "SequenceBatch": "batches",
     "ServerLost": "errors",
     "StatsTracker": "stats_tracker",
     "TransitionSpec": "spec",

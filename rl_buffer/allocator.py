@@ -121,6 +121,27 @@ class RowAllocator:
         """All committed rows, oldest first. O(num_committed)."""
         return self._committed.peek(self.num_committed)
 
+    def free(self) -> Rows:
+        """All free rows, the longest free first. O(num_free)."""
+        return self._free.peek(len(self._free))
+
+    def restore(self, free: Rows, committed: Rows) -> None:
+        """Take over the queues of an allocator of the same size; nothing is reserved afterwards.
+
+        Raises:
+            InvalidInput: they are not each row once, or more than `capacity` are committed. Nothing changes.
+        """
+        rows = np.concatenate((free, committed))
+        if len(committed) > self.capacity or not np.array_equal(np.sort(rows), np.arange(self.num_rows)):
+            raise InvalidInput(
+                f"{len(free)} free and {len(committed)} committed rows are not each of {self.num_rows} rows once, with "
+                f"at most {self.capacity} committed"
+            )
+        self.num_reserved = 0
+        self._free, self._committed = RowQueue(self.num_rows), RowQueue(self.num_rows)
+        self._free.push(free)
+        self._committed.push(committed)
+
     def clear(self) -> Rows:
         """Evict every committed row and return them; reservations stay."""
         evicted = self._committed.pop(self.num_committed)

@@ -14,7 +14,7 @@ from rl_buffer.connection import Channel, Connection
 from rl_buffer.episode_ends import autoreset_mode, stated_autoreset
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.parameters import ParameterSet, as_arrays
-from rl_buffer.spec import Field, RowLayout, TransitionSpec
+from rl_buffer.spec import Field, TransitionSpec
 from rl_buffer.tables import ReplayTable
 from rl_buffer.writer import ReplayWriter
 
@@ -114,7 +114,7 @@ class Client:
                 self._caller(channel),
                 table,
                 config,
-                RowLayout(config.spec.transition_fields()).view(rows.buffer, config.num_rows),
+                config.layout.view(rows.buffer, config.num_rows),
                 self._connection.stats_config,
                 num_envs=num_envs,
                 autoreset=mode,

@@ -5,14 +5,28 @@ and what was expected; `target` then holds nothing of worth. No torch: a tensor 
 """
 
 import math
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.errors import InvalidInput
+from rl_buffer.spec import PATH_SEPARATOR
 
 LARGEST_NUMBER = 1e34  # of rewards and values: the sum of 1024 steps, the most n_step can be, is still a float32
+
+
+def as_count(argument: str, value: Any) -> int:
+    """An integer >= 1, NumPy's too."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise InvalidInput(f"{argument} must be an integer >= 1, got {value!r}")
+    return count
 
 
 def as_numpy(value: Any) -> NDArray[Any]:
@@ -37,11 +51,35 @@ def copy_array(argument: str, target: NDArray[Any], value: Any) -> None:
             )
 
 
-def copy_numbers(argument: str, target: NDArray[np.float64], value: Any) -> None:
-    """Copy rewards or values, (E,) or (E, 1), into `target` [E]; within +-LARGEST_NUMBER."""
+def copy_tree(argument: str, leaves: Mapping[str, NDArray[Any]], step: int, tree: Any) -> None:
+    """Copy one step of an observation or action into `leaves[path][step]` [E, *shape], as `copy_array` does.
+
+    Args:
+        argument: name in messages.
+        leaves: path below the argument -> [T, E, *shape]; "" alone for a plain array, "camera/rgb" in dictionaries.
+        step: row to write.
+        tree: an array, or a (nested) mapping of arrays that has every path; what else it has is ignored.
+
+    Raises:
+        InvalidInput: as `copy_array`, or a path is missing.
+    """
+    for path, leaf in leaves.items():
+        if not path:
+            copy_array(argument, leaf[step], tree)
+            return
+        branch = tree
+        for key in path.split(PATH_SEPARATOR):
+            if not isinstance(branch, Mapping) or key not in branch:
+                raise InvalidInput(f"{argument} must be a mapping with {path!r}, got {type(branch).__name__}")
+            branch = branch[key]
+        copy_array(f"{argument}[{path!r}]", leaf[step], branch)
+
+
+def copy_numbers(argument: str, target: NDArray[np.float64], value: Any, *, nan_is_unknown: bool = False) -> None:
+    """Copy rewards or values, (E,) or (E, 1), into `target` [E]; within +-LARGEST_NUMBER, or perhaps NaN."""
     _copy(argument, target, value)
     if not np.vdot(target, target) <= LARGEST_NUMBER**2:  # NaN fails too
-        bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER))
+        bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER) & ~(nan_is_unknown & np.isnan(target)))
         if len(bad):
             raise InvalidInput(
                 f"{argument} is {target[bad[0]]} at ({bad[0]},); expected finite numbers within +-{LARGEST_NUMBER:.0e}"

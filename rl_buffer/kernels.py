@@ -12,9 +12,14 @@ FLOATS_2D = types.Array(types.float64, 2, "C")
 INTS = types.Array(types.int64, 1, "C")
 INTS_2D = types.Array(types.int64, 2, "C")
 INT = types.int64
+FLOAT = types.float64
+BOOL = types.boolean
+FLOATS32_2D = types.Array(types.float32, 2, "C")
 # Inputs that a kernel only reads also come as views of a message, which NumPy marks read-only.
 FLOATS_IN = types.Array(types.float64, 1, "C", readonly=True)
 INTS_IN = types.Array(types.int64, 1, "C", readonly=True)
+FLOATS32_2D_IN = types.Array(types.float32, 2, "C", readonly=True)
+BOOLS_2D_IN = types.Array(types.boolean, 2, "C", readonly=True)
 
 
 def compiled(*argument_types: Any) -> Callable[[_Kernel], _Kernel]:

@@ -4,7 +4,7 @@ Only scalars are handled here: whoever owns the observations moves them by the i
 Pure functions of the caller's history [H, E]; they must not know of rows, tables or autoreset modes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,10 @@ class Windows:
     def __len__(self) -> int:
         """Number of transitions N."""
         return len(self.first)
+
+    def __getitem__(self, part: slice) -> "Windows":
+        """Some of them, in their order."""
+        return Windows(*(getattr(self, field.name)[part] for field in fields(self)))
 
 
 def assemble(
@@ -80,16 +84,10 @@ def assemble(
         raise InvalidInput("cut must hold at every terminated or truncated step, or windows cross the end")
 
     num_steps = len(rewards)
-    sums = np.zeros(rewards.shape)
-    counts = np.zeros(rewards.shape, np.int32)
-    growing = startable.copy()
-    for k in range(min(n_step, num_steps)):
-        starts = num_steps - k  # of the windows whose step k is in the history
-        if k:
-            growing[:starts] &= ~cut[k - 1 : -1]
-        # `where`, not a product with the mask: what lies beyond a cut may be NaN.
-        np.add(sums[:starts], gamma**k * rewards[k:], out=sums[:starts], where=growing[:starts])
-        counts[:starts] += growing[:starts]
+    sums = rewards.astype(np.float64)
+    counts = startable.astype(np.int32)
+    if n_step > 1:
+        _add_later_steps(sums, counts, startable.copy(), rewards, cut, n_step, gamma)
 
     first, envs = np.nonzero(startable)
     last = first + counts[first, envs] - 1
@@ -109,6 +107,25 @@ def assemble(
         terminated=ended,
         truncated=truncated[last, envs],
     )
+
+
+def _add_later_steps(
+    sums: FloatArray,
+    counts: NDArray[np.int32],
+    growing: BoolArray,
+    rewards: FloatArray,
+    cut: BoolArray,
+    n_step: int,
+    gamma: float,
+) -> None:
+    """Let every window that begins in the history grow until it is full, cut, or at the history's end."""
+    num_steps = len(rewards)
+    for k in range(1, min(n_step, num_steps)):
+        starts = num_steps - k  # of the windows whose step k is in the history
+        growing[:starts] &= ~cut[k - 1 : -1]
+        # `where`, not a product with the mask: what lies beyond a cut may be NaN.
+        np.add(sums[:starts], gamma**k * rewards[k:], out=sums[:starts], where=growing[:starts])
+        counts[:starts] += growing[:starts]
 
 
 def td_errors(

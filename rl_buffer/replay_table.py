@@ -8,6 +8,9 @@ Generations count both changes, so that parity is the row's state:
     even: free or reserved --commit: +1--> odd: committed --evict: +1--> even ...
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -103,6 +106,50 @@ class ReplayTableState:
         evicted = self.allocator.clear()
         self._retire(evicted)
         self.limiter.deleted(len(evicted))
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Arrays and JSON values from which `restore` goes on: contents' places, priorities, counters, random state.
+
+        Reserved rows count as free: what is in them was never committed.
+        """
+        committed = self.allocator.committed()
+        in_use = np.zeros(self.config.num_rows, np.bool_)
+        in_use[committed] = True
+        free = self.allocator.free()
+        in_use[free] = True
+        arrays = {
+            "free": np.concatenate((free, np.flatnonzero(~in_use))),
+            "committed": committed,
+            "generations": self.generations.copy(),
+            "sampler": self._sampler.state(),
+        }
+        counts = {name: getattr(self.limiter, name) for name in ("num_inserts", "num_samples", "num_deletes")}
+        values = {"counts": counts, "num_stale_updates": self.num_stale_updates, "rng": self._rng.bit_generator.state}
+        return arrays, values
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        """Take over what `state` returned, for a table of the same size and sampler.
+
+        Raises:
+            InvalidInput: it does not fit or contradicts itself. Nothing changes.
+        """
+        committed, generations = arrays["committed"], arrays["generations"]
+        if generations.dtype != np.int64 or generations.shape != self.generations.shape or generations.min() < 0:
+            raise InvalidInput(f"generations are {generations.dtype}{list(generations.shape)} or negative")
+        allocator = RowAllocator(self.allocator.capacity, self.allocator.headroom)
+        allocator.restore(arrays["free"], committed)
+        rng = np.random.default_rng()
+        rng.bit_generator.state = values["rng"]
+        counts = {name: int(count) for name, count in values["counts"].items()}
+        num_stale_updates = int(values["num_stale_updates"])
+        if counts["num_inserts"] - counts["num_deletes"] != len(committed):
+            raise InvalidInput(f"{counts} are not the counts of {len(committed)} transitions")
+        self._sampler.restore(arrays["sampler"], committed)  # the last one that can refuse
+        self.allocator, self._rng, self.num_stale_updates = allocator, rng, num_stale_updates
+        for name in ("num_inserts", "num_samples", "num_deletes"):
+            setattr(self.limiter, name, counts[name])
+        # Rows that were reserved when the state was taken had an even generation: free ones have too.
+        self.generations[:] = generations
 
     def _retire(self, rows: Rows) -> None:
         # Out of the sampler first, then the generation: a learner that gathered a row checks the generation

@@ -10,7 +10,6 @@ which would take the interpreter lock from the learner; on a GPU the copy overla
 """
 
 import contextlib
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 
@@ -19,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
-from rl_buffer.batches import ReplayBatch, leaf_views, replay_batch
+from rl_buffer.batches import Batch, Gatherer, as_td_errors
 from rl_buffer.connection import Channel
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.frames import Credit
@@ -27,7 +26,6 @@ from rl_buffer.samplers import Prioritized, importance_weights
 from rl_buffer.storage import Segment
 from rl_buffer.tables import ReplayTable, Sample
 
-_NUM_PINNED_BLOCKS = 2  # one is being filled while the copy of the other is still under way
 _NO_ROWS = np.empty(0, np.int64)
 _NO_ERRORS = np.empty(0, np.float64)
 
@@ -61,6 +59,7 @@ class ReplaySampler:
         self.timeout_s = timeout_s
         self.num_overtaken = 0  # rows that were overwritten between draw and gather, and replaced
         self._name = name
+        self._table = table
         self._channel = channel
         self._call = call
         self._prioritized = isinstance(table.sampler, Prioritized)
@@ -72,12 +71,13 @@ class ReplaySampler:
         self._rows = torch.frombuffer(rows.buffer, dtype=torch.int64).view(table.num_rows, -1)
         self._generations = generations.array("int64")
         # First: if the device is not there, the server has not heard of this sampler.
-        self._blocks = _Blocks(table, max(1, batch_size), torch.device(device), contiguous)
+        torch.empty(0, device=device)
+        self._gatherer = Gatherer(table, self._rows, torch.device(device), contiguous=contiguous)
         call(messages.OpenSampler(channel.number, name, batch_size))
         self._ask(prefetch)
 
-    def sample(self, timeout_s: float | None = None, beta: float | None = None) -> ReplayBatch:
-        """The next batch; the one before it must not be used any more.
+    def sample(self, timeout_s: float | None = None, beta: float | None = None) -> Batch:
+        """The next batch.
 
         Args:
             timeout_s: deadline in seconds, by default the sampler's.
@@ -110,17 +110,17 @@ class ReplaySampler:
             # Every single row was overwritten meanwhile: the batch is worth nothing, the next one is newer.
             self._ask(1)
 
-    def __iter__(self) -> Iterator[ReplayBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         """Batches without end."""
         while True:
             yield self.sample()
 
-    def update_priorities(self, batch: ReplayBatch, td_errors: "torch.Tensor | NDArray[np.floating]") -> None:
+    def update_priorities(self, batch: Batch, td_errors: "torch.Tensor | NDArray[np.floating]") -> None:
         """Set priorities from TD errors, signed or not; of rows overwritten meanwhile they are dropped and counted.
 
         Args:
             batch: from this sampler.
-            td_errors: (B,) or (B, 1), on any device; may require grad.
+            td_errors: (B,) or (B, 1), of sequences also (B, T); on any device; may require grad.
 
         Raises:
             InvalidInput: wrong shape, NaN or infinity, or a table without priorities. Nothing was sent.
@@ -129,14 +129,7 @@ class ReplaySampler:
             raise Closed("this sampler was closed")
         if batch.indices is None or batch.generations is None:
             raise InvalidInput(f"table {self._name!r} is sampled uniformly and has no priorities to update")
-        errors = torch.as_tensor(td_errors).detach().to("cpu", torch.float64).numpy()
-        num_rows = len(batch.indices)
-        if errors.shape not in ((num_rows,), (num_rows, 1)):
-            raise InvalidInput(f"td_errors has shape {errors.shape}, expected ({num_rows},) or ({num_rows}, 1)")
-        errors = errors.reshape(num_rows)
-        if not np.isfinite(errors).all():
-            bad = int(np.flatnonzero(~np.isfinite(errors))[0])
-            raise InvalidInput(f"td_errors[{bad}] is {errors[bad]}, expected finite numbers")
+        errors = as_td_errors(self._table, batch, len(batch.indices), td_errors)
         wanted = max(0, self._prefetch - self._outstanding)
         self._send_credit(wanted, batch.indices.numpy(), batch.generations.numpy(), errors)
 
@@ -181,7 +174,7 @@ class ReplaySampler:
     def _gather(self, sample: Sample) -> NDArray[np.int64] | None:
         """Copy the batch's rows; return which draws it was made of, or None if no draw survived."""
         batch_size = self.batch_size
-        self._blocks.gather(self._rows, sample.rows[:batch_size])
+        self._gatherer.gather(sample.rows[:batch_size])
         # A look in a call of its own, after the copy: x86-64 keeps loads in order, and the server bumps a row's
         # generation before it lets a writer at it. Equal generations therefore mean an untouched copy.
         intact = self._generations[sample.rows] == sample.generations
@@ -198,7 +191,7 @@ class ReplaySampler:
             # Spares first; where they run out, draws of this batch serve twice: both follow the same distribution.
             kept[overtaken] = np.resize(substitutes, len(overtaken))
             rows = sample.rows[kept]
-            self._blocks.gather(self._rows, rows)
+            self._gatherer.gather(rows)
             intact_now = self._generations[rows] == sample.generations[kept]
             if intact_now.all():
                 return kept
@@ -206,66 +199,14 @@ class ReplaySampler:
             substitutes = np.unique(kept[intact_now])
         return None
 
-    def _hand_out(self, sample: Sample, kept: NDArray[np.int64], beta: float) -> ReplayBatch:
-        batch = self._blocks.hand_out()
+    def _hand_out(self, sample: Sample, kept: NDArray[np.int64], beta: float) -> Batch:
+        batch = self._gatherer.hand_out()
         if self._prioritized:
-            weights = importance_weights(sample.masses[kept], sample.total_mass, sample.num_items, beta)
-            batch.weights = self._blocks.to_device(torch.from_numpy(weights))
+            weights = importance_weights(sample.masses[kept], beta)
+            batch.weights = self._gatherer.to_device(torch.from_numpy(weights))
             batch.indices = torch.from_numpy(sample.rows[kept])
             batch.generations = torch.from_numpy(sample.generations[kept])
         return batch
-
-
-class _Blocks:
-    """Where batches are gathered: on the CPU once, or pinned and then copied to the device as one block."""
-
-    def __init__(self, table: ReplayTable, batch_size: int, device: torch.device, contiguous: bool) -> None:
-        layout = table.layout
-        shape = (batch_size, layout.stride_nbytes // 8)
-        self._device = device
-        self._contiguous = contiguous
-        self._on_device = device.type != "cpu"
-        pinned = device.type == "cuda"
-        count = _NUM_PINNED_BLOCKS if self._on_device else 1
-        self._hosts = [torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(count)]
-        self._copied: list[torch.cuda.Event | None] = [None] * count
-        self._turn = 0
-        self._target = torch.empty(shape, dtype=torch.int64, device=device) if self._on_device else self._hosts[0]
-        self._template = replay_batch(leaf_views(layout, self._target))
-
-    def gather(self, rows: torch.Tensor, indices: NDArray[np.int64]) -> None:
-        """Copy rows into the host block whose turn it is."""
-        copied = self._copied[self._turn]
-        if copied is not None:  # its last copy to the device may still be reading it
-            copied.synchronize()
-            self._copied[self._turn] = None
-        # A copy of the indices: those of a message are read-only, which torch warns about.
-        torch.index_select(rows, 0, torch.from_numpy(indices.copy()), out=self._hosts[self._turn])
-
-    def hand_out(self) -> ReplayBatch:
-        """The gathered rows as a batch on the device."""
-        if self._on_device:
-            self._target.copy_(self._hosts[self._turn], non_blocking=True)
-            if self._device.type == "cuda":
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record()
-                self._copied[self._turn] = event
-            self._turn = (self._turn + 1) % len(self._hosts)
-        batch = dataclasses.replace(self._template)
-        if self._contiguous:
-            for field in dataclasses.fields(batch):
-                setattr(batch, field.name, _contiguous(getattr(batch, field.name)))
-        return batch
-
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A small tensor where the batch is."""
-        return tensor.to(self._device, non_blocking=True) if self._on_device else tensor
-
-
-def _contiguous(tree: object) -> object:
-    if isinstance(tree, dict):
-        return {key: _contiguous(branch) for key, branch in tree.items()}
-    return tree.contiguous() if isinstance(tree, torch.Tensor) else tree
 
 
 def _check_beta(beta: float) -> float:

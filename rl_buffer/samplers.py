@@ -9,8 +9,7 @@ wrote them or when. Clients import the configs and `importance_weights`, so noth
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import msgspec
 import numpy as np
@@ -48,8 +47,7 @@ class Prioritized(msgspec.Struct, frozen=True, tag=True):
             raise InvalidInput(f"epsilon is {self.epsilon}; expected a finite number > 0, such as 1e-6")
 
 
-@dataclass(frozen=True, slots=True)
-class Draws:
+class Draws(NamedTuple):
     """Rows drawn with replacement, and what it takes to weight them, all of one moment."""
 
     rows: NDArray[np.int64]  # [N], the batch first, then the spares
@@ -101,6 +99,17 @@ class Sampler(Protocol):
                 Nothing has changed.
         """
 
+    def state(self) -> NDArray[Any]:
+        """Everything that `restore` needs for draws to go on alike, apart from the random state. A copy."""
+
+    def restore(self, state: NDArray[Any], rows: NDArray[np.int64]) -> None:
+        """Take over the state of a sampler of as many rows, of which exactly `rows` can be drawn.
+
+        Raises:
+            InvalidInput: the state is of another kind or size, or other rows than `rows` could be drawn. Nothing has
+                changed.
+        """
+
 
 class UniformSampler:
     """A `Sampler` whose rows all have mass 1. Insertion and removal are O(1) a row, wherever it lies."""
@@ -134,6 +143,17 @@ class UniformSampler:
         """Refuse: see `Sampler.update`."""
         raise InvalidInput("a uniform table has no priorities to update; give it sampler=Prioritized()")
 
+    def state(self) -> NDArray[np.int64]:
+        """See `Sampler.state`: the live rows in the order of the set."""
+        return self._live.members.copy()
+
+    def restore(self, state: NDArray[Any], rows: NDArray[np.int64]) -> None:
+        """See `Sampler.restore`."""
+        if state.dtype != np.int64 or not np.array_equal(np.sort(state), np.sort(rows)):
+            raise InvalidInput(f"the state {state.dtype}{list(state.shape)} is not that of {len(rows)} live rows")
+        self._live.remove(self._live.members.copy())
+        self._live.insert(np.ascontiguousarray(state))
+
 
 class PrioritizedSampler:
     """A `Sampler` in proportion to mass = (|TD error| + epsilon)^alpha. Every call is O(N log num_rows).
@@ -144,6 +164,7 @@ class PrioritizedSampler:
     def __init__(self, config: Prioritized, tree: SumTree) -> None:
         self._config = config
         self._tree = tree
+        self._starts = np.empty(0)
         # The magnitude that _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float.
         self._largest_magnitude = _LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0))
 
@@ -179,10 +200,16 @@ class PrioritizedSampler:
         _check_drawable(num_draws, self.num_items)
         total = self._tree.total
         prefix = rng.random(num_draws + num_spares)
-        prefix[:num_draws] += np.arange(num_draws)
         prefix[:num_draws] /= num_draws
+        prefix[:num_draws] += self._parts(num_draws)
         prefix *= total
         return Draws(*self._tree.find(prefix), total)
+
+    def _parts(self, num_draws: int) -> NDArray[np.float64]:
+        """Where the parts begin, as shares of the total; kept, because batches are mostly of one size."""
+        if len(self._starts) != num_draws:
+            self._starts = np.arange(num_draws) / num_draws
+        return self._starts
 
     def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
         """See `Sampler.update`."""
@@ -191,6 +218,19 @@ class PrioritizedSampler:
         if dead.any():
             raise InvalidInput(f"row {rows[dead.argmax()]} at position {dead.argmax()} is not live; drop stale rows")
         self._tree.set(rows, masses)
+
+    def state(self) -> NDArray[np.float64]:
+        """See `Sampler.state`: the mass of every row."""
+        return self._tree.leaves.copy()
+
+    def restore(self, state: NDArray[Any], rows: NDArray[np.int64]) -> None:
+        """See `Sampler.restore`."""
+        fits = state.dtype == np.float64 and state.shape == self._tree.leaves.shape
+        if not fits or not np.array_equal(np.flatnonzero(state), np.sort(rows)):
+            raise InvalidInput(f"the state {state.dtype}{list(state.shape)} is not the masses of {len(rows)} live rows")
+        if not ((state >= 0) & (state <= _LARGEST_MASS)).all():
+            raise InvalidInput(f"a mass is not in [0, {_LARGEST_MASS}]")
+        self._tree.set(np.arange(len(state)), np.ascontiguousarray(state))
 
     def masses_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """The masses of rows ([N] int64) as [N] float64; 0.0 where a row cannot be drawn."""
@@ -227,15 +267,14 @@ def make_sampler(config: Uniform | Prioritized, num_rows: int) -> UniformSampler
     return PrioritizedSampler(config, SumTree(num_rows))
 
 
-def importance_weights(masses: NDArray[np.float64], total: float, num_items: int, beta: float) -> NDArray[np.float32]:
-    """Weights that undo a prioritized draw's bias: w = (num_items * mass / total)^-beta, over their maximum.
+def importance_weights(masses: NDArray[np.float64], beta: float) -> NDArray[np.float32]:
+    """Weights that undo a prioritized draw's bias, over the largest of the batch.
 
-    Schaul et al. (2016), section 3.4. The maximum is that of the batch.
+    w = (num_items * mass / total)^-beta / max w (Schaul et al. 2016, section 3.4). The number of items and the total
+    mass of the table stand in each weight alike, so what is left is (mass / smallest mass)^-beta.
 
     Args:
         masses: [N] float64 > 0, of the drawn rows.
-        total: the mass of all items at the draw.
-        num_items: items at the draw.
         beta: 0 leaves the bias, 1 undoes all of it.
 
     Returns:
@@ -246,6 +285,5 @@ def importance_weights(masses: NDArray[np.float64], total: float, num_items: int
     """
     if not 0.0 <= beta < math.inf:
         raise InvalidInput(f"beta is {beta}; expected a finite number >= 0, commonly 0.4 growing to 1.0")
-    weights = (num_items * masses / total) ** -beta
-    normalized: NDArray[np.float32] = (weights / weights.max()).astype(np.float32)
-    return normalized
+    weights: NDArray[np.float32] = ((masses / masses.min()) ** -beta).astype(np.float32)
+    return weights

@@ -100,21 +100,39 @@ def unflatten(name: str, leaves: Mapping[str, Any]) -> ArrayTree:
     return tree
 
 
+def leaves_below(name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of the tree called `name` by their paths below it: "" if it is one leaf, else as in "camera/rgb"."""
+    return {
+        path[len(name) + 1 :]: leaf
+        for path, leaf in leaves.items()
+        if path == name or path.startswith(name + PATH_SEPARATOR)
+    }
+
+
+# What an n-step transition, or the window that begins at a step of a sequence, came to.
+_OUTCOME = {name: Field((), "float32") for name in ("rewards", "dones", "discounts")}
+_OUTCOME |= {"n_steps": Field((), "int32"), "terminateds": Field((), "bool"), "truncateds": Field((), "bool")}
+_OF_SEQUENCES = {"step_rewards": Field((), "float32"), "mask": Field((), "bool"), "train_mask": Field((), "bool")}
+
+
 class TransitionSpec(msgspec.Struct, frozen=True):
     """What one transition holds: observation, action, and any extras that travel with them.
 
-    `obs` and `action` are Fields or (nested) mappings of Fields; `extras` maps names to Fields. Rewards, flags,
+    `obs` and `action` are Fields or (nested) mappings of Fields; `extras` maps names to Fields. `recurrent_state`, a
+    Field or a mapping of Fields, is what the policy carried into a step, for tables of sequences only. Rewards, flags,
     discounts and n_steps are added by the table. Shapes are of one environment, without batch dimension.
     """
 
     obs: Any
     action: Any
     extras: dict[str, Field] = {}
+    recurrent_state: Any = None
 
     def __post_init__(self) -> None:
-        for name in ("obs", "action"):
-            leaves = dict(flatten(name, getattr(self, name)))
-            msgspec.structs.force_setattr(self, name, unflatten(name, leaves))
+        for name in ("obs", "action", "recurrent_state"):
+            if name != "recurrent_state" or self.recurrent_state is not None:
+                leaves = dict(flatten(name, getattr(self, name)))
+                msgspec.structs.force_setattr(self, name, unflatten(name, leaves))
         for key, extra in self.extras.items():
             if PATH_SEPARATOR in key or not isinstance(extra, Field):
                 raise InvalidInput(f"extras[{key!r}]: expected a plain name and a Field, got {extra!r}")
@@ -128,6 +146,7 @@ class TransitionSpec(msgspec.Struct, frozen=True):
         obs_dtype: DTypeLike | None = None,
         action_dtype: DTypeLike | None = None,
         extras: Mapping[str, Field] | None = None,
+        recurrent_state: FieldTree = None,
     ) -> "TransitionSpec":
         """Take shapes and dtypes from Gymnasium spaces of ONE environment (`envs.single_observation_space`).
 
@@ -139,23 +158,32 @@ class TransitionSpec(msgspec.Struct, frozen=True):
             obs_dtype: stored instead of the space's own, e.g. "float32" for MuJoCo's float64.
             action_dtype: likewise.
             extras: further Fields of each transition.
+            recurrent_state: Field or mapping of Fields of the policy's state, for tables of sequences.
 
         Raises:
             InvalidInput: a space has no fixed shape (Tuple, Text, Sequence, Graph).
         """
         obs = _field_tree("observation_space", observation_space, obs_dtype)
         action = _field_tree("action_space", action_space, action_dtype)
-        return cls(obs=obs, action=action, extras=dict(extras or {}))
+        return cls(obs=obs, action=action, extras=dict(extras or {}), recurrent_state=recurrent_state)
 
     def transition_fields(self) -> dict[str, Field]:
         """Every leaf of a stored transition by its path, in the words of the replay batches."""
-        fields = dict(flatten("observations", self.obs))
-        fields |= dict(flatten("next_observations", self.obs))
-        fields |= dict(flatten("actions", self.action))
-        fields |= {f"extras{PATH_SEPARATOR}{key}": extra for key, extra in self.extras.items()}
-        fields |= {name: Field((), "float32") for name in ("rewards", "dones", "discounts")}
-        fields["n_steps"] = Field((), "int32")
-        return fields | {name: Field((), "bool") for name in ("terminateds", "truncateds")}
+        return self._inputs() | dict(flatten("next_observations", self.obs)) | _OUTCOME
+
+    def sequence_fields(self, num_steps: int) -> dict[str, Field]:
+        """Every leaf of a stored sequence of `num_steps` (T): [T, *shape], but one recurrent state."""
+        fields = self._inputs() | _OUTCOME | _OF_SEQUENCES
+        fields = {path: Field((num_steps, *field.shape), field.dtype) for path, field in fields.items()}
+        return fields | self.recurrent_fields()
+
+    def recurrent_fields(self) -> dict[str, Field]:
+        """The leaves of the recurrent state by path; empty where there is none."""
+        return {} if self.recurrent_state is None else dict(flatten("recurrent_states", self.recurrent_state))
+
+    def _inputs(self) -> dict[str, Field]:
+        extras = {f"extras{PATH_SEPARATOR}{key}": extra for key, extra in self.extras.items()}
+        return dict(flatten("observations", self.obs)) | dict(flatten("actions", self.action)) | extras
 
 
 def _field_tree(name: str, space: Any, dtype: DTypeLike | None) -> FieldTree:

@@ -1,28 +1,30 @@
-"""The steps of E environments that may still become transitions: staged, made into n-step windows, copied out.
+"""The last steps of E environments, of which a table's items are made: staged in ordinary memory, copied out.
 
-    stage -> (the caller may still refuse) -> accept -> windows -> copy_rows -> emitted
+    stage -> (the caller may still refuse) -> accept -> complete -> copy_rows -> emitted
                                                   ^ what is still open is carried over
 
-Kept in ordinary memory because an n-step transition is complete only n steps later. Knows tables and autoreset modes,
-but neither rows' numbers nor servers. No torch.
+Items are n-step transitions (`transition_history`) or sequences (`sequence_history`); both are complete only some
+steps later. Knows tables and autoreset modes, but neither rows' numbers nor servers. No torch.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.episode_ends import Autoreset, final_observation
 from rl_buffer.errors import InvalidInput
-from rl_buffer.inputs import as_flags, as_numpy, copy_array, copy_numbers
-from rl_buffer.n_step import Windows, assemble, td_errors
+from rl_buffer.inputs import as_flags, as_numpy, copy_array, copy_numbers, copy_tree
 from rl_buffer.samplers import Prioritized
-from rl_buffer.spec import flatten
+from rl_buffer.spec import leaves_below
 from rl_buffer.tables import ReplayTable
 
 _UNKNOWN = np.nan
-_STAGED = ("observations", "next_observations", "actions", "extras")
+_STAGED = ("observations", "next_observations", "actions", "extras", "recurrent_states")
+
+Items = TypeVar("Items", bound=Sized)
 
 
 class StagedStep(NamedTuple):
@@ -35,7 +37,7 @@ class StagedStep(NamedTuple):
     dummy: NDArray[np.bool_] | None  # next_step mode: where nothing happened; None: nowhere
 
 
-class StepHistory:
+class StepHistory(ABC, Generic[Items]):
     """The last steps of E environments, the oldest first: every input of `add`, and what became of it.
 
     Arrays are [capacity, E, ...]; the first `num_steps` rows are filled.
@@ -47,13 +49,16 @@ class StepHistory:
         self._table = table
         self._num_envs = num_envs
         self._autoreset = autoreset
-        self._obs_paths = [path.removeprefix("obs").lstrip("/") for path, _ in flatten("obs", table.spec.obs)]
-        self._action_paths = [path.removeprefix("act").lstrip("/") for path, _ in flatten("act", table.spec.action)]
+        staged = table.spec.transition_fields() | table.spec.recurrent_fields()
         self._leaves = {
             path: np.zeros((capacity, num_envs, *field.shape), field.dtype)
-            for path, field in table.spec.transition_fields().items()
+            for path, field in staged.items()
             if path.split("/")[0] in _STAGED
         }
+        self._obs, self._next_obs, self._actions, self._recurrent_states = (
+            leaves_below(name, self._leaves)
+            for name in ("observations", "next_observations", "actions", "recurrent_states")
+        )
         shape = (capacity, num_envs)
         self._rewards = np.zeros(shape)
         self._terminated = np.zeros(shape, np.bool_)
@@ -90,17 +95,21 @@ class StepHistory:
         final_value: Any,
         extras: Mapping[str, Any] | None,
         infos: Any,
+        recurrent_state: Any,
     ) -> StagedStep:
         """Copy in what `ReplayWriter.add` was given; until `accept`, nothing has happened.
 
         Raises:
             InvalidInput: a wrong shape, dtype or value, by name.
         """
-        self._stage_tree("obs", "observations", self._obs_paths, obs)
-        self._stage_tree("next_obs", "next_observations", self._obs_paths, next_obs)
-        self._stage_tree("action", "actions", self._action_paths, action)
+        step = self.num_steps
+        copy_tree("obs", self._obs, step, obs)
+        copy_tree("next_obs", self._next_obs, step, next_obs)
+        copy_tree("action", self._actions, step, action)
         self._stage_extras(extras)
-        rewards = self._rewards[self.num_steps]
+        if recurrent_state is not None or self._recurrent_states:
+            self._stage_recurrent_state(recurrent_state)
+        rewards = self._rewards[step]
         copy_numbers("reward", rewards, reward)
         flags = as_flags("done", done, self._num_envs)
         truncateds = as_flags("truncated", truncated, self._num_envs)
@@ -135,78 +144,69 @@ class StepHistory:
             self._cut[self.num_steps - 1] |= mask
         self._previous_ended = self._previous_ended & ~mask
 
-    def windows(self, *, close: bool) -> Windows:
-        """The transitions that are complete; with `close` the unfinished ones too, as they are."""
-        steps = slice(0, self.num_steps)
-        needs_next: bool | NDArray[np.bool_] = False
-        if self._any_values:
-            # The value of the state behind the window comes with the next step, unless there is none to come.
-            needs_next = ~self._terminated[steps] & np.isnan(self._final_values[steps])
-            needs_next &= ~np.isnan(self._state_values[steps])
-            if self._autoreset != "next_step":
-                needs_next &= ~self._cut[steps]
-        return assemble(
-            self._rewards[steps],
-            self._terminated[steps],
-            self._truncated[steps],
-            self._cut[steps],
-            self._startable[steps],
-            n_step=self._table.n_step,
-            gamma=self._table.gamma,
-            needs_next=needs_next,
-            close=close,
-        )
+    @property
+    @abstractmethod
+    def max_items(self) -> int:
+        """The most items that can be complete at once."""
 
-    def td_errors(self, windows: Windows) -> NDArray[np.float64] | None:
-        """Initial TD errors [N] of the windows, NaN where unknown; None where no priorities are in play."""
-        if not isinstance(self._table.sampler, Prioritized) or not self._any_values:
-            return None
-        steps = slice(0, self.num_steps)
-        errors = td_errors(
-            windows,
-            self._q_taken[steps],
-            self._state_values[steps],
-            self._final_values[steps],
-            cut=self._cut[steps],
-            dummy=self._dummy[steps],
-        )
-        priorities = self._priorities[windows.first, windows.envs]
-        return np.where(np.isnan(priorities), errors, priorities)
+    @abstractmethod
+    def complete(self, *, close: bool) -> Items:
+        """The items that are complete, the oldest first; with `close` the unfinished ones too, as they are."""
 
-    def copy_rows(self, windows: Windows, views: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
-        """Write the windows as transitions into `rows` [N] of the leaf views of a table."""
+    @abstractmethod
+    def td_errors(self, items: Items) -> NDArray[np.float64] | None:
+        """Initial TD errors [N] of the items, NaN where unknown; None where no priorities are in play."""
+
+    @abstractmethod
+    def copy_rows(self, items: Items, views: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
+        """Write the items into `rows` [N] of the leaf views of a table."""
+
+    @abstractmethod
+    def emitted(self, items: Items) -> None:
+        """Forget what `complete` returned last, and every step that nothing needs any more."""
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """Arrays and JSON values from which `restore` goes on."""
+        return dict(self._named_arrays()), {"num_steps": self.num_steps, "any_values": self._any_values}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
+        """Take over what `state` returned, for the same table, environments and capacity.
+
+        Raises:
+            InvalidInput: it does not fit. Nothing changes.
+        """
+        own = dict(self._named_arrays())
+        for name, array in own.items():
+            if name not in arrays or (arrays[name].shape, arrays[name].dtype) != (array.shape, array.dtype):
+                raise InvalidInput(f"the steps of a saved buffer lack {name!r} as {array.dtype}{list(array.shape)}")
+        num_steps, any_values = int(values["num_steps"]), bool(values["any_values"])
+        if not 0 <= num_steps <= self.capacity:
+            raise InvalidInput(f"a saved buffer has {num_steps} steps, expected 0..{self.capacity}")
+        for name, array in own.items():
+            array[...] = arrays[name]
+        self.num_steps, self._any_values = num_steps, any_values
+
+    def _named_arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
         for path, leaf in self._leaves.items():
-            steps = windows.last if path.startswith("next_observations") else windows.first
-            views[path][rows] = leaf[steps, windows.envs]
-        views["rewards"][rows] = windows.rewards
-        views["dones"][rows] = windows.terminated
-        views["discounts"][rows] = windows.discounts
-        views["n_steps"][rows] = windows.n_steps
-        views["terminateds"][rows] = windows.terminated
-        views["truncateds"][rows] = windows.truncated
+            yield f"leaves/{path}", leaf
+        for name, value in vars(self).items():
+            if isinstance(value, np.ndarray):
+                yield name.lstrip("_"), value
 
-    def emitted(self, windows: Windows) -> None:
-        """Forget the windows, and every step before the earliest that can still start one."""
-        self._startable[windows.first, windows.envs] = False
-        alive = np.flatnonzero(self._startable[: self.num_steps].any(axis=1))
-        first = int(alive[0]) if len(alive) else self.num_steps
-        kept = self.num_steps - first
-        if first:
+    def _forget(self, num_steps: int) -> None:
+        """Drop the oldest steps."""
+        kept = self.num_steps - num_steps
+        if num_steps:
             for array in self._arrays:
-                array[:kept] = array[first : self.num_steps]
+                array[:kept] = array[num_steps : self.num_steps]
         self.num_steps = kept
 
-    def _stage_tree(self, argument: str, name: str, paths: list[str], tree: Any) -> None:
-        for path in paths:
-            if not path:
-                copy_array(argument, self._leaves[name][self.num_steps], tree)
-                return
-            leaf = tree
-            for key in path.split("/"):
-                if not isinstance(leaf, Mapping) or key not in leaf:
-                    raise InvalidInput(f"{argument} must be a mapping with {path!r}, got {type(leaf).__name__}")
-                leaf = leaf[key]
-            copy_array(f"{argument}[{path!r}]", self._leaves[f"{name}/{path}"][self.num_steps], leaf)
+    def _stage_recurrent_state(self, recurrent_state: Any) -> None:
+        if recurrent_state is None:
+            raise InvalidInput("recurrent_state= is missing; pass what the policy carried into this step")
+        if not self._recurrent_states:
+            raise InvalidInput("recurrent_state= was given, but the spec has none; leave it out or add it to the spec")
+        copy_tree("recurrent_state", self._recurrent_states, self.num_steps, recurrent_state)
 
     def _stage_extras(self, extras: Mapping[str, Any] | None) -> None:
         given, expected = set(extras or ()), set(self._table.spec.extras)
@@ -219,6 +219,11 @@ class StepHistory:
         step = self.num_steps
         if priority is not None and not isinstance(self._table.sampler, Prioritized):
             raise InvalidInput("priority= was given, but the table is sampled uniformly; leave it out")
+        if priority is not None and self._table.sequence_length is not None:
+            raise InvalidInput(
+                "priority= is for single transitions, this table's items are sequences; pass q_taken= and "
+                "state_value=, then the writer computes it when the sequence is complete"
+            )
         if priority is not None and self._table.n_step != 1:
             raise InvalidInput(
                 f"priority= is for n_step = 1, this table has {self._table.n_step}; pass q_taken= and state_value=, "
@@ -240,8 +245,7 @@ class StepHistory:
 
     def _stage_final_observations(self, ended: NDArray[np.bool_], infos: Any) -> None:
         for env in np.flatnonzero(ended).tolist():
-            for path in self._obs_paths:
-                leaf = self._leaves[f"next_observations/{path}" if path else "next_observations"]
+            for path, leaf in self._next_obs.items():
                 final = as_numpy(final_observation(infos, env, path))
                 # With the ellipsis also an observation of shape () is a view.
                 copy_array(f"infos['final_obs'][{env}]", leaf[self.num_steps, env, ...], final)

@@ -4,8 +4,7 @@ Plain values only. The bookkeeping that they describe is in `replay_table`.
 """
 
 import operator
-from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from rl_buffer.samplers import Prioritized, Uniform
 from rl_buffer.spec import RowLayout, TransitionSpec
 
 _MAX_ROWS = 2**40  # 2^40 rows of one cache line are 64 TiB; also keeps row numbers exact in float64
+_MAX_SEQUENCE_STEPS = 2**16
 _DEFAULT_HEADROOM_SHARE = 16
 _DEFAULT_HEADROOM_MAX_MIN_ROWS = 4096  # of small rows: 30 writers with chunks of 64
 _DEFAULT_HEADROOM_MIN_NBYTES = 64 << 20  # of large ones
@@ -30,11 +30,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 class ReplayTable(msgspec.Struct, frozen=True):
-    """A ring of transitions in shared memory.
+    """A ring of transitions, or of sequences of steps.
+
+    A sequence is an item of T = burn_in + sequence_length + n_step steps of one episode (Kapturowski et al. 2019,
+    "Recurrent Experience Replay in Distributed Reinforcement Learning"): see `batches.SequenceBatch`.
 
     Args:
         spec: what one transition holds.
-        capacity: committed transitions that the table keeps once full; the oldest commit is evicted first.
+        capacity: committed items that the table keeps once full; the oldest commit is evicted first.
         sampler: `Uniform()` or `Prioritized(alpha, epsilon)`.
         rate_limiter: `MinSize(m)` or `SampleToInsertRatio(...)`.
         n_step: reward steps per transition, >= 1; all writers of the table follow it.
@@ -42,6 +45,11 @@ class ReplayTable(msgspec.Struct, frozen=True):
         seed: of the sampler; None draws one.
         headroom: extra rows that writers may hold uncommitted, all together. None: a sixteenth of `capacity`,
             but at least 64 MiB or 4096 rows, whichever is less. A writer holds at most two chunks.
+        sequence_length: trained steps per sequence; None stores single transitions, and the rest is not used.
+        burn_in: steps before the trained ones, from which a recurrent state is brought up to date.
+        overlap: steps that a sequence's trained part shares with the one before, < sequence_length.
+        pad_short_episodes: keep episodes shorter than `sequence_length`, padded; else they are dropped.
+        eta: a sequence's TD error is eta * max |TD| + (1 - eta) * mean |TD| over its trained steps.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -55,6 +63,11 @@ class ReplayTable(msgspec.Struct, frozen=True):
     gamma: float = 0.99
     seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
     headroom: int | None = None
+    sequence_length: int | None = None
+    burn_in: int = 0
+    overlap: int = 0
+    pad_short_episodes: bool = True
+    eta: float = 0.9
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
@@ -62,17 +75,29 @@ class ReplayTable(msgspec.Struct, frozen=True):
             if not isinstance(value, kinds):
                 expected = " or ".join(f"{kind.__name__}(...)" for kind in kinds)
                 raise InvalidInput(f"ReplayTable {name} must be {expected}, got {value!r}")
-        for name in ("capacity", "n_step", "seed", "headroom"):
+        for name in ("capacity", "n_step", "seed", "headroom", "sequence_length", "burn_in", "overlap"):
             value = getattr(self, name)
             if value is not None:
                 try:
                     msgspec.structs.force_setattr(self, name, operator.index(value))  # NumPy integers too
                 except TypeError:
                     raise InvalidInput(f"ReplayTable {name} must be an integer, got {value!r}") from None
-        for name, low, high in (("capacity", 1, _MAX_ROWS), ("n_step", 1, 1024), ("gamma", 0.0, 1.0)):
+        longest_overlap = (self.sequence_length or 1) - 1
+        for name, low, high in (
+            ("capacity", 1, _MAX_ROWS),
+            ("n_step", 1, 1024),
+            ("gamma", 0.0, 1.0),
+            ("sequence_length", 1, _MAX_SEQUENCE_STEPS),
+            ("burn_in", 0, _MAX_SEQUENCE_STEPS if self.sequence_length else 0),
+            ("overlap", 0, longest_overlap),
+            ("eta", 0.0, 1.0),
+        ):
             value = getattr(self, name)
-            if not low <= value <= high:
-                raise InvalidInput(f"ReplayTable {name} must be in [{low}, {high}], got {value!r}")
+            if value is not None and not low <= value <= high:
+                of = " without sequence_length" if name in ("burn_in", "overlap") and not self.sequence_length else ""
+                raise InvalidInput(f"ReplayTable {name} must be in [{low}, {high}]{of}, got {value!r}")
+        if self.spec.recurrent_state is not None and self.sequence_length is None:
+            raise InvalidInput("the spec has a recurrent_state, which only sequences keep; give sequence_length too")
         min_size = self.rate_limiter.min_size_to_sample
         if min_size > self.capacity:
             raise InvalidInput(
@@ -88,8 +113,16 @@ class ReplayTable(msgspec.Struct, frozen=True):
 
     @property
     def layout(self) -> RowLayout:
-        """How one transition lies in its row."""
-        return RowLayout(self.spec.transition_fields())
+        """How one item lies in its row."""
+        if self.sequence_length is None:
+            return RowLayout(self.spec.transition_fields())
+        return RowLayout(self.spec.sequence_fields(self.num_sequence_steps))
+
+    @property
+    def num_sequence_steps(self) -> int:
+        """Steps T of a sequence, burn-in and lookahead included."""
+        assert self.sequence_length is not None
+        return self.burn_in + self.sequence_length + self.n_step
 
     @property
     def num_rows(self) -> int:
@@ -112,8 +145,7 @@ class StatsConfig(msgspec.Struct, frozen=True):
     done_reason_keys: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(NamedTuple):
     """Drawn rows with what is needed to check them and to weigh them, all of one moment."""
 
     rows: NDArray[np.int64]  # [B + spares]; the spares replace rows that are overtaken before they are gathered

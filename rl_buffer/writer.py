@@ -13,20 +13,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
 from rl_buffer.connection import Channel
 from rl_buffer.episode_ends import Autoreset
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
 from rl_buffer.frames import Commit
-from rl_buffer.inputs import as_flags
+from rl_buffer.replay_input import CopyRows, ReplayInput
 from rl_buffer.stats_tracker import Episode, StatsTracker
-from rl_buffer.step_history import StepHistory
 from rl_buffer.tables import ReplayTable, StatsConfig
 
 
-class ReplayWriter:
+class ReplayWriter(ReplayInput):
     """Adds transitions to one table. Made by `client.writer`.
 
     Not for several threads; make one writer per thread.
@@ -51,123 +50,36 @@ class ReplayWriter:
         """Open the channel; `rows` are the views of the shared rows by path."""
         if num_envs < 1 or chunk_size < 1:
             raise InvalidInput(f"num_envs and chunk_size must be >= 1, got {num_envs} and {chunk_size}")
-        self.table = table
-        self.num_envs = num_envs
-        self.autoreset = autoreset
-        self.timeout_s = timeout_s
-        self.stats_tracker = StatsTracker(
+        # A commit is at most a table: smaller chunks for a small one.
+        chunk_size = min(chunk_size, table.capacity - table.n_step * num_envs)
+        self._tracker = StatsTracker(
             num_envs, stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys
         )
+        super().__init__(table, num_envs, autoreset, max(1, -(-chunk_size // num_envs)), self._tracker)
+        self.timeout_s = timeout_s
         self._name = name
         self._channel = channel
         self._call = call
         self._rows = rows
         self._explain = explain
         self._parameter_version = parameter_version
-        # A commit is at most a table: smaller chunks for a small one.
-        chunk_size = min(chunk_size, table.capacity - table.n_step * num_envs)
-        self._chunk_steps = max(1, -(-chunk_size // num_envs))
-        # A start waits for n steps at most, one of them for the value of the state behind its window.
-        self._history = StepHistory(table, num_envs, autoreset, self._chunk_steps + table.n_step)
-        self._new_steps = 0
         self._unsent_episodes: list[Episode] = []
-        self._max_commit_rows = self._history.capacity * num_envs
+        self._max_commit_rows = self._history.max_items
         self._reserved = np.empty(0, np.int64)
         self._sequence = 0
         self._acknowledged = 0
         self._closed = False
         call(messages.OpenWriter(channel.number, name, self._max_commit_rows, 2 * self._max_commit_rows))
 
-    def add(
-        self,
-        obs: Any,
-        action: Any,
-        reward: ArrayLike,
-        done: ArrayLike,
-        next_obs: Any,
-        truncated: ArrayLike | None = None,
-        terminated: ArrayLike | None = None,
-        priority: ArrayLike | None = None,
-        q_taken: ArrayLike | None = None,
-        state_value: ArrayLike | None = None,
-        extras: Mapping[str, Any] | None = None,
-        infos: Any = None,
-        metrics: Mapping[str, ArrayLike] | None = None,
-        done_reasons: Mapping[str, ArrayLike] | None = None,
-        final_value: ArrayLike | None = None,
-    ) -> None:
-        """Take one step of all E environments: what `step` was called with and what it returned.
-
-        Scalars per environment are (E,) or (E, 1), for E = 1 also a plain number; everything is copied. An episode
-        ends where done | truncated | terminated. `terminated`, if not given, is done and not truncated: it alone
-        stops the bootstrap. Transitions appear in the table in chunks; `flush` sends at once what is complete.
-
-        Args:
-            obs: [E, *obs_shape], or a mapping of such arrays for dictionary observations; E = 1 may leave E out.
-            action: [E, *action_shape].
-            reward: float, finite.
-            done: bool or 0/1.
-            next_obs: what `step` returned, like obs. In same_step mode the final one is taken from `infos`.
-            truncated: bool or 0/1.
-            terminated: bool or 0/1; with `truncated` both may be true at once.
-            priority: |TD error| >= 0 of this transition, for n_step = 1 only.
-            q_taken: Q(obs, action) by the actor; with `state_value` the writer computes the initial priority
-                |R + discount * V(s_{t+n}) - Q| when the window closes (Ape-X, Horgan et al. 2018).
-            state_value: V(obs), for Q-learning max_a Q(obs, a).
-            extras: the table's extra Fields, [E, *shape].
-            infos: the infos of `step`, needed in same_step mode.
-            metrics: key -> (E,), for the StatsTracker.
-            done_reasons: key -> (E,) bool, likewise.
-            final_value: V(true final observation) where an episode is truncated; in next_step mode the dummy step's
-                `state_value` brings it.
-
-        Raises:
-            InvalidInput: a wrong shape, dtype, NaN or infinity, by name. Nothing was added.
-            DeadlineExceeded: the table took no rows for `timeout_s`; the message says why. Nothing was added, so
-                the same call may be made again.
-        """
+    def _make_room(self) -> None:
         if self._closed:
             raise Closed("this writer was closed")
         self._channel.connection.check()
         if self._history.is_full and not self._emit(time.monotonic() + self.timeout_s):
             raise self._deadline("add", self.timeout_s)
-        staged = self._history.stage(
-            obs,
-            action,
-            reward,
-            done,
-            next_obs,
-            truncated,
-            terminated,
-            priority,
-            q_taken,
-            state_value,
-            final_value,
-            extras,
-            infos,
-        )
-        # The last thing that can refuse: after it the step is taken.
-        self.stats_tracker.update(
-            staged.rewards,
-            staged.ended,
-            metrics=metrics,
-            done_reasons=done_reasons,
-            mask=None if staged.dummy is None else ~staged.dummy,
-        )
-        self._history.accept(staged)
-        self._new_steps += 1
-        if self._new_steps >= self._chunk_steps:
-            self._emit(deadline_s=None)
 
-    def on_reset(self, mask: ArrayLike | None = None) -> None:
-        """Say that environments were reset by hand: nothing is joined across, running returns are dropped.
-
-        Args:
-            mask: (E,) bool; None means all. After an episode's end, or before the first step, it changes nothing.
-        """
-        reset = np.ones(self.num_envs, np.bool_) if mask is None else as_flags("mask", mask, self.num_envs)
-        self.stats_tracker.discard(reset)
-        self._history.cut(reset)
+    def _chunk_is_full(self) -> None:
+        self._emit(deadline_s=None)
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Publish all complete transitions and wait until the server has them.
@@ -178,7 +90,7 @@ class ReplayWriter:
         self._finish(timeout_s, close=False)
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Publish everything, unfinished windows as shorter ones, and give the rows back. Twice is fine.
+        """Publish everything, unfinished items as shorter ones, and give the rows back. Twice is fine.
 
         Raises:
             DeadlineExceeded: the table did not take them in time; the writer stays open and nothing is lost.
@@ -221,32 +133,48 @@ class ReplayWriter:
 
     def _emit(self, deadline_s: float | None, *, close: bool = False) -> bool:
         """Write and commit what is complete. False: there were no rows for it by the deadline (None: at once)."""
-        windows = self._history.windows(close=close)
-        while self._receive(None):
-            pass
-        while len(self._reserved) < len(windows):
-            if deadline_s is None or not self._receive(deadline_s):
-                return False
-        self._unsent_episodes += self.stats_tracker.drain()
-        if len(windows) or self._unsent_episodes:
-            self._history.copy_rows(windows, self._rows, self._reserved[: len(windows)])
-            commit = Commit(
-                epoch=self._channel.connection.epoch,
-                num_rows=len(windows),
-                sequence=self._sequence + 1,
-                parameter_version=self._parameter_version(),
-                num_wanted=len(windows),
-                td_errors=self._history.td_errors(windows),
-                episodes=self._unsent_episodes,
-            )
-            self._channel.send(commit.encode())
-            # Sent: from here on the rows are the server's. Had it failed, nothing would have changed.
-            self._sequence += 1
-            self._reserved = self._reserved[len(windows) :]
-            self._unsent_episodes = []
-        self._history.emitted(windows)
+        items = self._history.complete(close=close)
+        if not self._reserve(len(items), deadline_s):
+            return False
+        self._unsent_episodes += self._tracker.drain()
+        if len(items) or self._unsent_episodes:
+            self._history.copy_rows(items, self._rows, self._reserved[: len(items)])
+            self._send(len(items), self._history.td_errors(items))
+        self._history.emitted(items)
         self._new_steps = 0
         return True
+
+    def _commit(self, num_rows: int, copy_rows: CopyRows, td_errors: NDArray[np.float64] | None) -> None:
+        if not self._reserve(num_rows, time.monotonic() + self.timeout_s):
+            raise self._deadline("extend", self.timeout_s)
+        copy_rows(self._rows, self._reserved[:num_rows])
+        self._send(num_rows, td_errors)
+
+    def _reserve(self, num_rows: int, deadline_s: float | None) -> bool:
+        """Hold so many rows, by the deadline or (None) at once."""
+        while self._receive(None):
+            pass
+        while len(self._reserved) < num_rows:
+            if deadline_s is None or not self._receive(deadline_s):
+                return False
+        return True
+
+    def _send(self, num_rows: int, td_errors: NDArray[np.float64] | None) -> None:
+        """Publish the first reserved rows, which are written."""
+        commit = Commit(
+            epoch=self._channel.connection.epoch,
+            num_rows=num_rows,
+            sequence=self._sequence + 1,
+            parameter_version=self._parameter_version(),
+            num_wanted=num_rows,
+            td_errors=td_errors,
+            episodes=self._unsent_episodes,
+        )
+        self._channel.send(commit.encode())
+        # Sent: from here on the rows are the server's. Had it failed, nothing would have changed.
+        self._sequence += 1
+        self._reserved = self._reserved[num_rows:]
+        self._unsent_episodes = []
 
     def _receive(self, deadline_s: float | None) -> bool:
         """Take one grant; None does not wait."""
