@@ -114,8 +114,8 @@ class ReplayInput(ABC):
             infos: the infos of `step`, needed in same_step mode.
             metrics: key -> (E,), for the StatsTracker.
             done_reasons: key -> (E,) bool, likewise.
-            final_value: V(true final observation) where an episode is truncated; in next_step mode the dummy step's
-                `state_value` brings it.
+            final_value: V(true final observation), read where an episode is truncated; in next_step mode the dummy
+                step's `state_value` brings it.
             recurrent_state: what the policy carried into this step, [E, *shape] or a mapping of such; sequences only.
 
         Raises:

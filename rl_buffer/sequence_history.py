@@ -36,9 +36,9 @@ from rl_buffer.tables import ReplayTable
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One sequence that can be emitted now: steps `start` to `stop` of the history, one episode's. No stop is included.
+    """One sequence that can be emitted now: steps of one episode, as they are numbered in the history.
 
-    start <= train_start < train_stop <= stop
+    [start, stop) is stored, [train_start, train_stop) of it is trained.
     """
 
     env: int  # column of the history
@@ -64,7 +64,8 @@ class SequenceHistory(StepHistory[list[Span]]):
         # from s - B on, and is open, so there are fewer than s + L + n. Should the episode end with the m steps that it
         # has, its last window stores them from m - L - B on. The last B + L + n - 1 steps do for both.
         self._num_needed = table.num_sequence_steps - 1
-        # To forget is to move what is needed: once in T / 4 steps, not each time that items are emitted.
+        # To forget is to move what is needed: once in T / 4 steps, not whenever items are emitted. (0.15 ms a step
+        # instead of 3.3 for 64 environments, T = 125, 512 floats of state, items emitted after each step.)
         num_unneeded = table.num_sequence_steps // 4
         super().__init__(table, num_envs, autoreset, self._num_needed + num_unneeded + num_new_steps)
         self._length = table.sequence_length

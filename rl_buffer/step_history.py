@@ -119,6 +119,8 @@ class StepHistory(ABC, Generic[Items]):
             terminateds = as_flags("terminated", terminated, self._num_envs)
         self._stage_values(priority, q_taken, state_value, final_value)
         ended = flags | truncateds | terminateds
+        if final_value is not None:  # perhaps given for all environments: elsewhere it is not the value that is meant
+            self._final_values[step][~ended] = _UNKNOWN
         if self._autoreset == "same_step":
             self._stage_final_observations(ended, infos)
         if self._autoreset != "next_step" or not np.count_nonzero(self._previous_ended):

@@ -94,7 +94,7 @@ def q_taken(step):
     return value(step.obs) + step.action % 5
 
 
-def add(history, steps, values=(), recurrent_state=None):
+def add(history, steps, values=()):
     """Stage and accept one step of every environment; `values` names those that the actor knows."""
     at_end = [step.ended and history._autoreset == "same_step" for step in steps]
     next_obs = [
@@ -396,26 +396,6 @@ def test_only_the_end_that_is_the_last_step_waits():
     for steps in one_env((1, "truncated"), (2, "truncated"), (1, "truncated"), autoreset="next_step")[:-1]:
         add(history, steps, ("q_taken", "state_value"))
     assert [numbers(row) for row in stored(history, history.complete(close=False))] == [[0], [0, 1]]
-
-
-def test_a_whole_window_whose_last_lookahead_step_is_an_end_has_the_final_observation_even_if_that_end_still_waits():
-    history = SequenceHistory(table(sequence_length=2, burn_in=1, n_step=2), 1, "next_step", 4)
-    for steps in one_env((4, "truncated"), autoreset="next_step")[:4]:
-        add(history, steps, ("q_taken", "state_value"))
-    (row,) = stored(history, history.complete(close=False))
-    assert numbers(row, "train_mask") == [0, 1]
-    assert row["observations"][:, 2].tolist() == [1, 2, 3, 4, 5]
-    assert row["mask"].tolist() == [True] * 4 + [False]
-
-
-def test_a_whole_window_whose_last_lookahead_step_is_an_end_has_the_final_observation_even_if_that_end_still_waits():
-    history = SequenceHistory(table(sequence_length=2, burn_in=1, n_step=2), 1, "next_step", 4)
-    for steps in one_env((4, "truncated"), autoreset="next_step")[:4]:
-        add(history, steps, ("q_taken", "state_value"))
-    (row,) = stored(history, history.complete(close=False))
-    assert numbers(row, "train_mask") == [0, 1]
-    assert row["observations"][:, 2].tolist() == [1, 2, 3, 4, 5]
-    assert row["mask"].tolist() == [True] * 4 + [False]
 
 
 def test_a_whole_window_whose_last_lookahead_step_is_an_end_has_the_final_observation_even_if_that_end_still_waits():

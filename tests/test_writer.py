@@ -328,7 +328,7 @@ def test_final_value_bootstraps_a_truncated_tail_where_no_dummy_step_comes(clien
         client.clear("prioritized")
         with client.writer("prioritized", num_envs=1, autoreset=autoreset) as writer:
             infos = {"final_obs": np.array([np.zeros(3, np.float32), None], object)[:1], "_final_obs": [True]}
-            add_numbered(writer, 0, 4.0, q_taken=1.0, state_value=0.0)
+            add_numbered(writer, 0, 4.0, q_taken=1.0, state_value=0.0, final_value=900.0)  # no end: not looked at
             add_numbered(writer, 1, 8.0, truncated=True, q_taken=1.0, state_value=6.0, final_value=2.0, infos=infos)
             add_numbered(writer, 2, 1.0, done=True, q_taken=1.5, state_value=500.0, infos=infos)
         expected = {0: 4 + 0.5 * 6 - 1, 1: 8 + 0.5 * 2 - 1, 2: 0.5}
