@@ -523,7 +523,8 @@ class Model:
         else:
             following = episode.dummy_time
         has_value = following is not None and "state_value" in self.known[following]
-        if not terminated and not has_value and "final_value" not in self.known[episode.times[last]]:
+        has_final = episode.steps[last].ended and "final_value" in self.known[episode.times[last]]
+        if not terminated and not has_value and not has_final:
             return NAN
         bootstrap = 0.0 if terminated else discount * value(episode.steps[last].next_obs)
         return reward + bootstrap - q_taken(episode.steps[first])
