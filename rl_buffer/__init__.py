@@ -3,11 +3,11 @@
 `import rl_buffer` loads neither torch nor Numba: each name below is imported when it is first used.
 
     layer       modules
-    pure        errors, spec, allocator, kernels, sum_tree, row_set, samplers, rate_limiters, n_step, stats_tracker,
-                tables, inputs, episode_ends, step_history, transition_history, sequence_history, offline, replay_input,
-                replay_table, parameter_slots, address, buffer_arguments, gae, rollout_fragment
+    pure        errors, spec, allocator, kernels, sum_tree, row_set, importance, samplers, rate_limiters, n_step,
+                stats_tracker, tables, inputs, episode_ends, step_history, transition_history, sequence_history,
+                offline, replay_input, replay_table, parameter_slots, address, buffer_arguments, gae, rollout_fragment
     memory      storage, peers, local_rows, buffer_files
-    buffers     batches, replay_buffer, prioritized_replay_buffer, rollout_buffer
+    buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_buffer
     protocol    frames, messages
     processes   sessions, server_info, server_core, server_loop, server     (the server)
                 connection, parameters, writer, sampler, served_buffer, client     (its clients)

@@ -24,24 +24,21 @@ class RowQueue:
     def __init__(self, capacity: int) -> None:
         self._ring = np.empty(capacity, np.int64)
         self._head = 0
-        self._length = 0
-
-    def __len__(self) -> int:
-        return self._length
+        self.length = 0  # rows in the queue
 
     def push(self, rows: Rows) -> None:
         """Append rows; the caller knows that they fit."""
         capacity, num_rows = len(self._ring), len(rows)
-        assert self._length + num_rows <= capacity, "a row was queued twice"
-        tail = (self._head + self._length) % capacity
+        assert self.length + num_rows <= capacity, "a row was queued twice"
+        tail = (self._head + self.length) % capacity
         first = min(num_rows, capacity - tail)
         self._ring[tail : tail + first] = rows[:first]
         self._ring[: num_rows - first] = rows[first:]
-        self._length += num_rows
+        self.length += num_rows
 
     def peek(self, num_rows: int) -> Rows:
         """Copy the oldest `num_rows` rows without taking them."""
-        assert num_rows <= self._length
+        assert num_rows <= self.length
         stop = self._head + num_rows
         if stop <= len(self._ring):
             return self._ring[self._head : stop].copy()
@@ -51,7 +48,7 @@ class RowQueue:
         """Take the oldest `num_rows` rows."""
         rows = self.peek(num_rows)
         self._head = (self._head + num_rows) % len(self._ring)
-        self._length -= num_rows
+        self.length -= num_rows
         return rows
 
 
@@ -77,7 +74,7 @@ class RowAllocator:
     @property
     def num_committed(self) -> int:
         """Rows that can be sampled."""
-        return len(self._committed)
+        return self._committed.length
 
     @property
     def num_reservable(self) -> int:
@@ -123,7 +120,7 @@ class RowAllocator:
 
     def free(self) -> Rows:
         """All free rows, the longest free first. O(num_free)."""
-        return self._free.peek(len(self._free))
+        return self._free.peek(self._free.length)
 
     def restore(self, free: Rows, committed: Rows) -> None:
         """Take over the queues of an allocator of the same size; nothing is reserved afterwards.

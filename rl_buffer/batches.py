@@ -1,12 +1,7 @@
-"""What sampling hands out: rows of a table gathered into one block, and batches of torch tensors that view it.
+"""What sampling hands out: batches of torch tensors, as views of one block of rows, and what comes back for them."""
 
-Used by the learners' sampler over shared rows and by the in-process buffers over their own.
-"""
-
-import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -14,14 +9,11 @@ from numpy.typing import NDArray
 
 from rl_buffer.errors import InvalidInput
 from rl_buffer.sequence_history import sequence_td_errors
-from rl_buffer.spec import RowLayout, unflatten
+from rl_buffer.spec import RowLayout, leaves_below, unflatten
 from rl_buffer.tables import ReplayTable
 
 TensorTree = Any  # a tensor, or a nested dict of tensors where the space is a Dict
 
-_NOTHING = torch.empty(0)
-_NUM_BLOCKS = 2  # the batch that is held, or on its way to a GPU, while the next one is gathered; and that one
-_LONG_ROW_WORDS = 512  # a page
 _TORCH_DTYPES = {
     "bool": torch.bool,
     "uint8": torch.uint8,
@@ -38,26 +30,61 @@ _TORCH_DTYPES = {
 }
 
 
-class _Discounts:
-    """A field that says why it is missing."""
+class _Field:
+    """A field of a batch that was made by `_Batch.of`: becomes a tensor when it is first looked at, and stays it.
 
-    def __get__(self, batch: Any, owner: type | None = None) -> torch.Tensor:
-        discounts: torch.Tensor | None = vars(batch)["discounts"]
-        if discounts is None:
-            raise InvalidInput(
-                "discounts are gamma^n_steps * (1 - terminated), but this buffer has no gamma; give it gamma="
-            )
-        return discounts
+    Making and dropping a tensor takes 1 us; of a get() of 256 transitions twelve of them were a third. No data
+    descriptor: what the batch has in its own dict is found first.
+    """
 
-    def __set__(self, batch: Any, discounts: torch.Tensor | None) -> None:
-        vars(batch)["discounts"] = discounts
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, batch: Any, owner: type | None = None) -> Any:
+        if batch is None:
+            return self
+        leaves, name = batch.__dict__["_leaves"], self._name
+        leaf = leaves.get(name)
+        value = torch.from_numpy(leaf) if leaf.__class__ is np.ndarray else _tensors(leaves, name)
+        batch.__dict__[name] = value
+        return value
 
 
-class _Described:
-    """Shapes and types instead of numbers, which nobody reads."""
+def _tensors(leaves: dict[str, Any], name: str) -> Any:
+    if name in leaves:
+        return leaves[name]
+    if name == "discounts":
+        raise InvalidInput(
+            "discounts are gamma^n_steps * (1 - terminated), but this buffer has no gamma; give it gamma="
+        )
+    if name in ("weights", "indices", "generations"):
+        return None
+    below = leaves_below(name, leaves)
+    tensors = {f"{name}/{path}": torch.as_tensor(leaf) for path, leaf in below.items()}
+    return unflatten(name, tensors)
+
+
+class _Batch:
+    """What batches share."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @classmethod
+    def of(cls, leaves: dict[str, Any]) -> Self:
+        """A batch over these leaves, arrays or tensors by path; it keeps the dict."""
+        batch = cls.__new__(cls)
+        batch.__dict__["_leaves"] = leaves
+        return batch
+
+    def fields(self) -> dict[str, Any]:
+        """Every field that there is, by name."""
+        leaves = self.__dict__.get("_leaves")
+        hidden = {"discounts"} if leaves is not None and "discounts" not in leaves else set()
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in hidden}
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{k}={_described(v)}' for k, v in vars(self).items())})"
+        """Shapes and types instead of numbers, which nobody reads."""
+        return f"{type(self).__name__}({', '.join(f'{k}={_described(v)}' for k, v in self.fields().items())})"
 
 
 def _described(tree: Any) -> str:
@@ -69,7 +96,7 @@ def _described(tree: Any) -> str:
 
 
 @dataclass(repr=False, eq=False)
-class ReplayBatch(_Described):
+class ReplayBatch(_Batch):
     """B transitions. The tensors are the caller's: nothing overwrites them as long as one of them is kept.
 
     observations, next_observations: (B, *obs_shape), or nested dicts of such; the latter lie n_steps later.
@@ -102,7 +129,7 @@ class ReplayBatch(_Described):
 
 
 @dataclass(repr=False, eq=False)
-class SequenceBatch(_Described):
+class SequenceBatch(_Batch):
     """B sequences of T = burn_in + sequence_length + n_step steps, for recurrent policies (R2D2).
 
     Index 0 is always a real step, and `recurrent_states` is the state that the policy carried into it: run the network
@@ -147,9 +174,9 @@ class SequenceBatch(_Described):
         return steps.clamp_(max=num_steps - 1)
 
 
-# Not in the classes: there a dataclass would take the descriptor for a default value.
-ReplayBatch.discounts = _Discounts()  # type: ignore[assignment]
-SequenceBatch.discounts = _Discounts()  # type: ignore[assignment]
+for _kind in (ReplayBatch, SequenceBatch):
+    for _name in _kind.__dataclass_fields__:  # not in the class: there a dataclass takes a descriptor for a default
+        setattr(_kind, _name, _Field(_name))
 
 # ReplayBatch or SequenceBatch, as the table is. Not their union, of which a type checker would ask at every use which.
 Batch: TypeAlias = Any
@@ -167,21 +194,6 @@ def leaf_views(layout: RowLayout, block: torch.Tensor) -> dict[str, torch.Tensor
         shape, strides = (len(block), *column.field.shape), (layout.stride_nbytes // itemsize, *inner)
         views[path] = typed.as_strided(shape, strides, column.offset // itemsize)
     return views
-
-
-def name_leaves(table: ReplayTable, leaves: Mapping[str, torch.Tensor]) -> Batch:
-    """The batch of a table of transitions or of sequences."""
-    names = ["rewards", "dones", "truncateds", "terminateds", "discounts", "n_steps"]
-    common: dict[str, Any] = {
-        "observations": unflatten("observations", leaves),
-        "actions": unflatten("actions", leaves),
-        "extras": unflatten("extras", leaves),
-    }
-    if table.sequence_length is None:
-        flat: dict[str, Any] = {name: leaves[name] for name in names}
-        return ReplayBatch(**flat, **common, next_observations=unflatten("next_observations", leaves))
-    flat = {name: leaves[name] for name in (*names, "step_rewards", "mask", "train_mask")}
-    return SequenceBatch(**flat, **common, recurrent_states=unflatten("recurrent_states", leaves))
 
 
 def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) -> NDArray[np.float64]:
@@ -208,127 +220,3 @@ def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) 
         bad = tuple(np.argwhere(~np.isfinite(errors))[0].tolist())
         raise InvalidInput(f"td_errors[{', '.join(map(str, bad))}] is {errors[bad]}, expected finite numbers")
     return sequence_td_errors(errors, train_mask, table.eta) if mixed else errors.reshape(num_rows)
-
-
-class Gatherer:
-    """Copies rows of one table into batches on a device, one batch at a time.
-
-    gather -> (look whether the rows are still the drawn ones, perhaps gather again) -> hand_out
-
-    On the CPU a block of memory is used again when nothing looks at it any more: large batches then do not pay for new
-    pages each time, and nobody finds a batch that he kept changed. To a GPU a batch goes as one copy of one block.
-    """
-
-    def __init__(self, table: ReplayTable, rows: torch.Tensor, device: torch.device, *, contiguous: bool) -> None:
-        """Gather from `rows`, (num_rows, stride / 8) int64 on any device, to batches on `device`."""
-        self._table = table
-        self._layout = table.layout
-        self._rows = rows
-        self._device = device
-        self._contiguous = contiguous
-        self._blocks: _Blocks | _PinnedBlocks | None = None
-        if rows.device.type == "cpu":
-            self._blocks = _PinnedBlocks(rows, device) if device.type == "cuda" else _Blocks(rows, self._layout)
-        self._gathered = _NOTHING
-
-    def gather(self, indices: NDArray[np.int64]) -> None:
-        """Copy rows ([B] int64) into the block that `hand_out` will give away."""
-        if self._blocks is not None:
-            self._blocks.gather(indices)
-        else:
-            self._gathered = self._rows.index_select(0, torch.from_numpy(indices).to(self._rows.device))
-
-    def hand_out(self) -> Batch:
-        """The gathered rows as a batch on the device."""
-        if isinstance(self._blocks, _Blocks):
-            leaves = self._blocks.hand_out()
-            if self._device.type != "cpu":
-                leaves = {path: leaf.to(self._device) for path, leaf in leaves.items()}
-        else:
-            block = self._gathered.to(self._device) if self._blocks is None else self._blocks.hand_out()
-            leaves = leaf_views(self._layout, block)
-        if self._contiguous:
-            leaves = {path: leaf.contiguous() for path, leaf in leaves.items()}
-        return name_leaves(self._table, leaves)
-
-    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A small tensor where the batch is."""
-        return tensor if self._device.type == "cpu" else tensor.to(self._device, non_blocking=True)
-
-
-class _Blocks:
-    """Blocks of ordinary memory with NumPy views of their leaves, which tensors are made from for each batch.
-
-    Such a tensor, and whatever is derived from it, keeps one reference to its view: that is how it is known whether
-    somebody still looks. It also takes 0.5 us, where a tensor sliced from a tensor takes 2.
-    """
-
-    def __init__(self, rows: torch.Tensor, layout: RowLayout) -> None:
-        self._rows = rows
-        self._layout = layout
-        self._free: list[tuple[NDArray[np.int64], dict[str, NDArray[Any]]]] = []
-        self._leaves: dict[str, NDArray[Any]] = {}
-
-    def gather(self, indices: NDArray[np.int64]) -> None:
-        """Copy the rows into a block that nobody looks at."""
-        words, self._leaves = self._free_block((len(indices), self._rows.shape[1]))
-        if words.shape[1] < _LONG_ROW_WORDS:
-            # 9 us where torch takes 12, for 256 rows of 192 B from 1 M. ("clip" because "raise" copies twice.)
-            np.take(self._rows.numpy(), indices, axis=0, out=words, mode="clip")
-        else:  # torch divides the copy among its threads
-            torch.index_select(self._rows, 0, torch.from_numpy(indices.copy()), out=torch.from_numpy(words))
-
-    def hand_out(self) -> dict[str, torch.Tensor]:
-        """The leaves of the block that was filled."""
-        leaves, self._leaves = self._leaves, {}
-        return {path: torch.from_numpy(leaf) for path, leaf in leaves.items()}
-
-    def _free_block(self, shape: tuple[int, int]) -> tuple[NDArray[np.int64], dict[str, NDArray[Any]]]:
-        if self._free and self._free[0][0].shape != shape:
-            self._free = []
-        for block in self._free:
-            if not _is_looked_at(block[1]):
-                return block
-        words = np.empty(shape, np.int64)
-        block = (words, self._layout.view(words, len(words)))
-        if len(self._free) < _NUM_BLOCKS:
-            self._free.append(block)
-        return block
-
-
-def _is_looked_at(leaves: dict[str, NDArray[Any]]) -> bool:
-    # A loop, and not any(): three times as fast, and it is plain who holds which reference.
-    for leaf in leaves.values():  # noqa: SIM110
-        if sys.getrefcount(leaf) > 3:  # of the dict, of the loop's variable, and of the call itself
-            return True
-    return False
-
-
-class _PinnedBlocks:
-    """Page-locked blocks on the way to a GPU; one is filled while the copy of the other is still under way."""
-
-    def __init__(self, rows: torch.Tensor, device: torch.device) -> None:
-        self._rows = rows
-        self._device = device
-        self._blocks: list[torch.Tensor] = []
-        self._copied: list[torch.cuda.Event | None] = [None] * _NUM_BLOCKS
-        self._turn = 0
-
-    def gather(self, indices: NDArray[np.int64]) -> None:
-        """Copy the rows into the block whose turn it is, once its last copy to the device has ended."""
-        shape = (len(indices), self._rows.shape[1])
-        if not self._blocks or self._blocks[0].shape != shape:
-            self._blocks = [torch.empty(shape, dtype=torch.int64, pin_memory=True) for _ in self._copied]
-        copied = self._copied[self._turn]
-        if copied is not None:
-            copied.synchronize()
-        torch.index_select(self._rows, 0, torch.from_numpy(indices.copy()), out=self._blocks[self._turn])
-
-    def hand_out(self) -> torch.Tensor:
-        """Start the copy of that block to the device, into memory of its own."""
-        target = self._blocks[self._turn].to(self._device, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._copied[self._turn] = event
-        self._turn = (self._turn + 1) % _NUM_BLOCKS
-        return target

@@ -8,6 +8,7 @@ from numba import njit, types
 _Kernel = TypeVar("_Kernel", bound=Callable[..., Any])
 
 FLOATS = types.Array(types.float64, 1, "C")
+FLOATS32 = types.Array(types.float32, 1, "C")
 FLOATS_2D = types.Array(types.float64, 2, "C")
 INTS = types.Array(types.int64, 1, "C")
 INTS_2D = types.Array(types.int64, 2, "C")

@@ -22,9 +22,9 @@ def checked_leaves(table: ReplayTable, batch: Any) -> tuple[int, dict[str, NDArr
     Raises:
         InvalidInput: a field is missing, or has another shape, dtype or length, or is not finite.
     """
-    if not isinstance(batch, Mapping) and not hasattr(batch, "__dict__"):
+    if not isinstance(batch, Mapping) and not hasattr(batch, "fields"):
         raise InvalidInput(f"extend needs a batch or a mapping with observations, actions, ..., got {type(batch)}")
-    given = {k: v for k, v in (batch if isinstance(batch, Mapping) else vars(batch)).items() if v is not None}
+    given = {k: v for k, v in (batch if isinstance(batch, Mapping) else batch.fields()).items() if v is not None}
     leaves: dict[str, NDArray[Any]] = {}
     num_items: int | None = None
     fields = table.layout.fields

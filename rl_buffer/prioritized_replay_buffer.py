@@ -10,9 +10,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from rl_buffer.batches import Batch, as_td_errors
 from rl_buffer.errors import InvalidInput
+from rl_buffer.importance import importance_weights, require_beta
 from rl_buffer.inputs import as_numpy
 from rl_buffer.replay_buffer import ReplayBuffer
-from rl_buffer.samplers import Prioritized, importance_weights
+from rl_buffer.samplers import Prioritized
 from rl_buffer.tables import Sample
 
 _REMEMBERED_DRAWS = 16
@@ -52,7 +53,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         """
         self._sampler = Prioritized(alpha, epsilon)
         self._eta = eta
-        self.beta = _checked_beta(beta)
+        self.beta = require_beta(beta)
         super().__init__(*args, **options)
         # What was drawn of late, the newest first: so an update by bare indices can tell that it comes too late.
         self._drawn: deque[Sample] = deque(maxlen=_REMEMBERED_DRAWS)
@@ -72,14 +73,11 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         Raises:
             InvalidInput: fewer transitions are there, or beta is not in [0, 1].
         """
-        beta = _checked_beta(self.beta if beta is None else beta)
-        batch, sample = self._draw(batch_size)
-        weights = importance_weights(sample.masses, beta)
+        beta = require_beta(self.beta if beta is None else beta)
+        sample = self._draw(batch_size)
         self._drawn.appendleft(sample)
-        batch.weights = self._gatherer.to_device(torch.from_numpy(weights))
-        batch.indices = torch.from_numpy(sample.rows)
-        batch.generations = torch.from_numpy(sample.generations)
-        return batch
+        weights = importance_weights(sample.masses, beta)
+        return self._gatherer.hand_out({"weights": weights, "indices": sample.rows, "generations": sample.generations})
 
     def sample(self, batch_size: int, beta: float | None = None) -> Batch:
         """Another name of `get`."""
@@ -120,9 +118,3 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             if np.array_equal(sample.rows, rows):
                 return sample.generations
         return self._state.generations[rows]
-
-
-def _checked_beta(beta: float) -> float:
-    if not 0.0 <= beta <= 1.0:
-        raise InvalidInput(f"beta must be in [0, 1], got {beta}")
-    return beta

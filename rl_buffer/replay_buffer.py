@@ -17,21 +17,25 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from rl_buffer.batches import Batch, Gatherer
+from rl_buffer.batches import Batch
 from rl_buffer.buffer_arguments import spec_from_arguments
 from rl_buffer.buffer_files import FileReader, write_file
 from rl_buffer.episode_ends import autoreset_mode
 from rl_buffer.errors import Closed, InvalidInput
+from rl_buffer.gather import Gatherer
 from rl_buffer.inputs import as_count
 from rl_buffer.local_rows import LocalRows
 from rl_buffer.replay_input import CopyRows, ReplayInput
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.samplers import Prioritized, Uniform
-from rl_buffer.spec import Field, FieldTree, TransitionSpec
+from rl_buffer.spec import Field, FieldTree, RowLayout, TransitionSpec
 from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import ReplayTable, Sample
 
-_CHUNK_ITEMS = 64  # moved from the history to the rows at once: each chunk costs some 50 us, whatever is in it
+# Steps move from the history to the rows together, because each move costs some 40 us, whatever is in it; at the latest
+# when somebody looks.
+_CHUNK_STEPS = 64
+_CHUNK_NBYTES = 4 << 20
 
 
 class ReplayBuffer(ReplayInput):
@@ -126,7 +130,8 @@ class ReplayBuffer(ReplayInput):
             pad_short_episodes=pad_short_episodes,
             eta=self._eta,
         )
-        chunk_steps = max(1, _CHUNK_ITEMS // num_envs)
+        step_nbytes = num_envs * RowLayout(spec.transition_fields()).stride_nbytes
+        chunk_steps = max(1, min(_CHUNK_STEPS, _CHUNK_NBYTES // step_nbytes))
         super().__init__(table, num_envs, autoreset_mode(autoreset), chunk_steps, stats_tracker)
         self.table = table = msgspec.structs.replace(table, headroom=self._history.max_items)
         self.buffer_size = buffer_size
@@ -136,7 +141,8 @@ class ReplayBuffer(ReplayInput):
         self._closed = False
         self._rows = LocalRows(table.layout, table.num_rows, self.store_device, self._history.max_items)
         self._state = ReplayTableState(table, np.zeros(table.num_rows, np.int64))
-        self._gatherer = Gatherer(table, self._rows.block, self.device, contiguous=False)
+        hidden = () if self._has_gamma else ("discounts",)
+        self._gatherer = Gatherer(table, self._rows.block, self.device, hidden=hidden)
 
     def __len__(self) -> int:
         """Steps PER ENVIRONMENT that can be sampled (rounded down), in the unit of `buffer_size`."""
@@ -160,8 +166,8 @@ class ReplayBuffer(ReplayInput):
         Raises:
             InvalidInput: fewer transitions are there.
         """
-        batch, _ = self._draw(batch_size)
-        return batch
+        self._draw(batch_size)
+        return self._gatherer.hand_out({})
 
     def sample(self, batch_size: int) -> Batch:
         """Another name of `get`."""
@@ -244,16 +250,16 @@ class ReplayBuffer(ReplayInput):
         identity: dict[str, Any] = json.loads(json.dumps(config))  # as it is read back: lists, not tuples
         return identity
 
-    def _draw(self, batch_size: int) -> tuple[Batch, Sample]:
-        batch_size, num_transitions = as_count("batch_size", batch_size), self.num_transitions
-        if batch_size > num_transitions:
-            raise InvalidInput(f"batch_size is {batch_size}, but the buffer holds {num_transitions} transitions")
+    def _draw(self, batch_size: int) -> Sample:
+        """Draw and gather; the gatherer is left to hand out."""
+        if self._new_steps:
+            self._move_items(close=False)
+        num_items = self._state.allocator.num_committed
+        if as_count("batch_size", batch_size) > num_items:
+            raise InvalidInput(f"batch_size is {batch_size}, but the buffer holds {num_items} transitions")
         sample = self._state.draw(batch_size, num_spares=0)
         self._gatherer.gather(sample.rows)
-        batch = self._gatherer.hand_out()
-        if not self._has_gamma:
-            batch.discounts = None
-        return batch, sample
+        return sample
 
     def _make_room(self) -> None:
         if self._closed:
@@ -264,7 +270,9 @@ class ReplayBuffer(ReplayInput):
 
     def _move_items(self, *, close: bool) -> None:
         complete = self._history.complete(close=close)
-        items = complete[-self.table.capacity :]  # of more than that the first would be evicted by the last
+        items = complete
+        if len(items) > self.table.capacity:  # the first would be evicted by the last
+            items = complete[-self.table.capacity :]
         if len(items):
             td_errors = self._history.td_errors(items)
             self._commit(len(items), lambda views, rows: self._history.copy_rows(items, views, rows), td_errors)

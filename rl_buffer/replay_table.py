@@ -80,7 +80,9 @@ class ReplayTableState:
         """Draw with replacement and charge the limiter for `batch_size` samples."""
         draws = self._sampler.draw(batch_size, self._rng, num_spares=num_spares)
         self.limiter.sampled(batch_size)
-        return Sample(draws.rows, self.generations[draws.rows], draws.masses, draws.total, len(self))
+        return Sample(
+            draws.rows, self.generations.take(draws.rows), draws.masses, draws.total, self.allocator.num_committed
+        )
 
     def update_priorities(self, rows: Rows, generations: NDArray[np.int64], td_errors: NDArray[np.float64]) -> int:
         """Set new priorities where the row still holds the item that was sampled; return how many did not.

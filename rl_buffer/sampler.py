@@ -12,17 +12,20 @@ which would take the interpreter lock from the learner; on a GPU the copy overla
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
-from rl_buffer.batches import Batch, Gatherer, as_td_errors
+from rl_buffer.batches import Batch, as_td_errors
 from rl_buffer.connection import Channel
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.frames import Credit
-from rl_buffer.samplers import Prioritized, importance_weights
+from rl_buffer.gather import Gatherer
+from rl_buffer.importance import importance_weights, require_beta
+from rl_buffer.samplers import Prioritized
 from rl_buffer.storage import Segment
 from rl_buffer.tables import ReplayTable, Sample
 
@@ -51,7 +54,7 @@ class ReplaySampler:
         explain: Callable[[], str],
     ) -> None:
         """Open the channel and ask for the first batches."""
-        _check_beta(beta)
+        require_beta(beta)
         if not 0 <= prefetch <= 64:
             raise InvalidInput(f"prefetch must be in [0, 64] batches, got {prefetch}")
         self.batch_size = batch_size
@@ -90,7 +93,7 @@ class ReplaySampler:
         if self._closed:
             raise Closed("this sampler was closed")
         self._channel.connection.check()
-        beta = self.beta if beta is None else _check_beta(beta)
+        beta = self.beta if beta is None else require_beta(beta)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
         self._ask(max(1, self._prefetch) - self._outstanding)
@@ -200,16 +203,12 @@ class ReplaySampler:
         return None
 
     def _hand_out(self, sample: Sample, kept: NDArray[np.int64], beta: float) -> Batch:
-        batch = self._gatherer.hand_out()
-        if self._prioritized:
-            weights = importance_weights(sample.masses[kept], beta)
-            batch.weights = self._gatherer.to_device(torch.from_numpy(weights))
-            batch.indices = torch.from_numpy(sample.rows[kept])
-            batch.generations = torch.from_numpy(sample.generations[kept])
-        return batch
-
-
-def _check_beta(beta: float) -> float:
-    if not 0.0 <= beta <= 1.0:
-        raise InvalidInput(f"beta must be in [0, 1], got {beta}")
-    return beta
+        if not self._prioritized:
+            return self._gatherer.hand_out({})
+        weights = importance_weights(sample.masses[kept], beta)
+        drawn: dict[str, NDArray[Any]] = {
+            "weights": weights,
+            "indices": sample.rows[kept],
+            "generations": sample.generations[kept],
+        }
+        return self._gatherer.hand_out(drawn)

@@ -2,8 +2,7 @@
 
 A config is a plain value that travels in a table's description; `make_sampler` turns it into the state that
 the table's owner keeps, one thread at a time. A sampler knows row numbers and TD errors; not what rows hold, who
-wrote them or when. Clients import the configs and `importance_weights`, so nothing here imports Numba before
-`make_sampler` needs it.
+wrote them or when. Clients import the configs, so nothing here imports Numba before `make_sampler` needs it.
 """
 
 from __future__ import annotations
@@ -164,7 +163,6 @@ class PrioritizedSampler:
     def __init__(self, config: Prioritized, tree: SumTree) -> None:
         self._config = config
         self._tree = tree
-        self._starts = np.empty(0)
         # The magnitude that _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float.
         self._largest_magnitude = _LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0))
 
@@ -197,19 +195,9 @@ class PrioritizedSampler:
 
         Schaul et al. (2016), appendix B.2.1: rows are expected as often as without the parts, with less variance.
         """
-        _check_drawable(num_draws, self.num_items)
-        total = self._tree.total
-        prefix = rng.random(num_draws + num_spares)
-        prefix[:num_draws] /= num_draws
-        prefix[:num_draws] += self._parts(num_draws)
-        prefix *= total
-        return Draws(*self._tree.find(prefix), total)
-
-    def _parts(self, num_draws: int) -> NDArray[np.float64]:
-        """Where the parts begin, as shares of the total; kept, because batches are mostly of one size."""
-        if len(self._starts) != num_draws:
-            self._starts = np.arange(num_draws) / num_draws
-        return self._starts
+        _check_drawable(num_draws, self._tree.num_live)
+        rows, masses = self._tree.draw(rng.random(num_draws + num_spares), num_draws)
+        return Draws(rows, masses, self._tree.total)
 
     def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
         """See `Sampler.update`."""
@@ -265,25 +253,3 @@ def make_sampler(config: Uniform | Prioritized, num_rows: int) -> UniformSampler
     from rl_buffer.sum_tree import SumTree
 
     return PrioritizedSampler(config, SumTree(num_rows))
-
-
-def importance_weights(masses: NDArray[np.float64], beta: float) -> NDArray[np.float32]:
-    """Weights that undo a prioritized draw's bias, over the largest of the batch.
-
-    w = (num_items * mass / total)^-beta / max w (Schaul et al. 2016, section 3.4). The number of items and the total
-    mass of the table stand in each weight alike, so what is left is (mass / smallest mass)^-beta.
-
-    Args:
-        masses: [N] float64 > 0, of the drawn rows.
-        beta: 0 leaves the bias, 1 undoes all of it.
-
-    Returns:
-        [N] float32, 0 < w <= 1.
-
-    Raises:
-        InvalidInput: `beta` is negative or not finite.
-    """
-    if not 0.0 <= beta < math.inf:
-        raise InvalidInput(f"beta is {beta}; expected a finite number >= 0, commonly 0.4 growing to 1.0")
-    weights: NDArray[np.float32] = ((masses / masses.min()) ** -beta).astype(np.float32)
-    return weights

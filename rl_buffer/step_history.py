@@ -198,7 +198,7 @@ class StepHistory(ABC, Generic[Items]):
     def _forget(self, num_steps: int) -> None:
         """Drop the oldest steps."""
         kept = self.num_steps - num_steps
-        if num_steps:
+        if num_steps and kept:
             for array in self._arrays:
                 array[:kept] = array[num_steps : self.num_steps]
         self.num_steps = kept

@@ -72,5 +72,7 @@ class TransitionHistory(StepHistory[Windows]):
     def emitted(self, items: Windows) -> None:
         """See `StepHistory`: the steps before the earliest that can still begin a transition go."""
         self._startable[items.first, items.envs] = False
-        alive = np.flatnonzero(self._startable[: self.num_steps].any(axis=1))
-        self._forget(int(alive[0]) if len(alive) else self.num_steps)
+        waiting = self._startable[: self.num_steps]
+        # The common case first: nothing waits.
+        first = int(waiting.any(axis=1).argmax()) if np.count_nonzero(waiting) else self.num_steps
+        self._forget(first)

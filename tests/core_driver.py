@@ -137,7 +137,7 @@ def snapshot(core):
         rows = np.arange(state.config.num_rows)
         tables[name] = {
             "committed": state.allocator.committed().tolist(),
-            "free": state.allocator._free.peek(len(state.allocator._free)).tolist(),
+            "free": state.allocator._free.peek(state.allocator._free.length).tolist(),
             "generations": state.generations.tolist(),
             "masses": sampler.masses_of(rows).tolist()
             if hasattr(sampler, "masses_of")
@@ -168,7 +168,7 @@ def check_tables(core):
             if channel.table is table and hasattr(channel, "rows")
         ]
         committed = allocator.committed().tolist()
-        free = allocator._free.peek(len(allocator._free)).tolist()
+        free = allocator._free.peek(allocator._free.length).tolist()
         everything = sorted(sum(held, committed + free))
         assert everything == list(range(state.config.num_rows)), "a row is lost or owned twice"
         assert sum(map(len, held)) == allocator.num_reserved <= allocator.headroom

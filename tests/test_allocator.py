@@ -27,8 +27,8 @@ def test_a_queue_gives_what_a_list_gives_however_often_it_wraps(capacity, steps)
             assert queue.peek(n).tolist() == model[:n]
             assert queue.pop(n).tolist() == model[:n]
             del model[:n]
-        assert len(queue) == len(model)
-        assert queue.peek(len(queue)).tolist() == model
+        assert queue.length == len(model)
+        assert queue.peek(queue.length).tolist() == model
 
 
 def test_peeked_rows_are_a_copy():
@@ -145,7 +145,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert allocator.committed().tolist() == self.committed
         assert allocator.num_reserved == sum(map(len, self.reserved)) <= allocator.headroom
         assert allocator.num_committed == len(self.committed) <= allocator.capacity
-        assert allocator._free.peek(len(allocator._free)).tolist() == self.free
+        assert allocator._free.peek(allocator._free.length).tolist() == self.free
         everything = sorted([*self.free, *self.committed, *(row for rows in self.reserved for row in rows)])
         assert everything == list(range(allocator.num_rows))
 

@@ -42,7 +42,7 @@ def masses(table):
 def snapshot(table):
     return (
         table.allocator.committed().tolist(),
-        table.allocator._free.peek(len(table.allocator._free)).tolist(),
+        table.allocator._free.peek(table.allocator._free.length).tolist(),
         table.allocator.num_reserved,
         table.generations.tolist(),
         masses(table),
@@ -339,7 +339,7 @@ class TableMachine(RuleBasedStateMachine):
         assert allocator.committed().tolist() == self.committed
         assert len(table) == len(self.committed) == min(table.config.capacity, len(self.committed))
         assert allocator.num_reserved == sum(map(len, self.reserved))
-        assert len(allocator._free) + allocator.num_reserved + len(table) == table.config.num_rows
+        assert allocator._free.length + allocator.num_reserved + len(table) == table.config.num_rows
         assert table.generations.tolist() == self.generations
         assert sorted(np.flatnonzero(table.generations % 2).tolist()) == sorted(self.committed)
         assert table._sampler.num_items == len(self.committed) == table.limiter.size

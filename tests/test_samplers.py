@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rl_buffer.errors import InvalidInput
-from rl_buffer.samplers import Prioritized, Uniform, importance_weights, make_sampler
+from rl_buffer.samplers import Prioritized, Uniform, make_sampler
 
 CONFIGS = [Uniform(), Prioritized()]
 
@@ -260,34 +260,6 @@ def test_configs_travel_in_a_tagged_union(config):
     assert msgspec.msgpack.decode(wire, type=Uniform | Prioritized) == config
 
 
-def test_importance_weights_by_hand():
-    # 4 items, total 8: num_items * mass / total = 0.5, 1, 2; to the power of -1/2, over the largest.
-    weights = importance_weights(floats(1.0, 2.0, 4.0), beta=0.5)
-    assert weights.dtype == np.float32
-    assert weights == pytest.approx([1.0, math.sqrt(0.5), 0.5])
-
-
-def test_importance_weights_of_equal_masses_or_without_correction_are_one():
-    assert importance_weights(np.full(5, 0.3), beta=1.0).tolist() == [1.0] * 5
-    assert importance_weights(floats(1.0, 9.0), beta=0.0).tolist() == [1.0, 1.0]
-
-
-def test_full_importance_weights_make_the_prioritized_mean_that_of_the_uniform_draw():
-    masses, values = floats(1.0, 2.0, 5.0), floats(3.0, -1.0, 4.0)
-    weights = importance_weights(masses, beta=1.0).astype(np.float64)
-    probabilities = masses / masses.sum()
-    assert (probabilities * weights * values).sum() / (probabilities * weights).sum() == pytest.approx(2.0)
-
-
-@pytest.mark.parametrize("beta", [-0.1, math.nan, math.inf])
-def test_a_beta_out_of_range_is_refused(beta):
-    with pytest.raises(InvalidInput, match=f"beta is {beta}"):
-        importance_weights(floats(1.0), beta)
-
-
-def test_naming_a_config_and_weighting_a_batch_do_not_load_numba():
-    code = (
-        "import sys, numpy as np; from rl_buffer.samplers import Prioritized, importance_weights; "
-        "Prioritized(); importance_weights(np.ones(2), 0.4); assert 'numba' not in sys.modules"
-    )
+def test_naming_a_config_does_not_load_numba():
+    code = "import sys; from rl_buffer.samplers import Prioritized; Prioritized(); assert 'numba' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,94 @@
+"""How things are timed: candidates for one job take turns (A B A B ...), a short slice each.
+
+Whatever else the machine does slows all of them alike, so that a ratio within a turn stands where the times do not.
+Knows nothing of buffers.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+OURS = "rl_buffer"
+
+
+@dataclass
+class Options:
+    """What every section is given."""
+
+    sizes: tuple[int, ...] = (64_000, 1_000_000, 8_000_000)
+    """Transitions in the replay buffers; the largest are left out where they do not fit into memory with the rest."""
+    num_turns: int = 11
+    """How often each candidate is measured."""
+    slice_s: float = 0.2
+    """Seconds of one measurement, roughly."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured, and for whom."""
+
+    operation: str
+    size: str
+    candidate: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """`call` does something `units` times."""
+
+    call: Callable[..., object]
+    units: int = 1
+    prepare: Callable[[], object] | None = None  # gives `call` its argument, while the clock stands still
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Seconds per unit of one case, by turn; empty where it could not be measured, and then why not."""
+
+    section: str
+    case: Case
+    seconds: tuple[float, ...] = ()
+    missing: str = ""
+
+
+def take_turns(section: str, jobs: Mapping[Case, Job | str], options: Options) -> list[Measurement]:
+    """Measure jobs in alternation; where there is a string instead of one, it says why."""
+    present = {case: job for case, job in jobs.items() if isinstance(job, Job)}
+    calls = {case: _calls_per_slice(job, options.slice_s) for case, job in present.items()}
+    turns = [{case: _seconds(job, calls[case]) for case, job in present.items()} for _ in range(options.num_turns)]
+    return [
+        Measurement(section, case, missing=job)
+        if isinstance(job, str)
+        else Measurement(section, case, tuple(turn[case] for turn in turns))
+        for case, job in jobs.items()
+    ]
+
+
+def _calls_per_slice(job: Job, slice_s: float) -> int:
+    """Calls that fill a slice, preparation included. Finding out warms the caches."""
+    calls = 1
+    while True:
+        started_s = time.perf_counter()
+        _seconds(job, calls)
+        elapsed_s = time.perf_counter() - started_s
+        if elapsed_s > slice_s / 4:
+            return max(1, round(calls * slice_s / elapsed_s))
+        calls *= 2
+
+
+def _seconds(job: Job, calls: int) -> float:
+    """Seconds per unit, the mean over some calls."""
+    call, prepare, clock_ns = job.call, job.prepare, time.perf_counter_ns
+    elapsed_ns = 0
+    if prepare is None:
+        elapsed_ns -= clock_ns()
+        for _ in range(calls):
+            call()
+        elapsed_ns += clock_ns()
+    else:
+        for _ in range(calls):
+            argument = prepare()
+            elapsed_ns -= clock_ns()
+            call(argument)
+            elapsed_ns += clock_ns()
+    return elapsed_ns * 1e-9 / (calls * job.units)

@@ -1,0 +1,162 @@
+"""What came out: medians, quartiles and ratios of measurements, as tables, JSON and a chart.
+
+A ratio is taken turn by turn; what is reported is the median of the ratios, not the ratio of the medians.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from benchmarks.measure import OURS, Case, Measurement
+
+_LINEAR = 100  # an axis from 0, on which lengths can be compared, up to this ratio of largest to smallest
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A promise of this project: the limits of slower / faster."""
+
+    promise: str
+    slower: Case
+    faster: Case
+    at_least: float = 0.0
+    below: float = float("inf")
+
+
+class Report:
+    """Reads measurements; measures nothing."""
+
+    def __init__(self, measurements: Sequence[Measurement], bars: Sequence[Bar]) -> None:
+        self._measurements = measurements
+        self._bars = bars
+        self._seconds = {m.case: np.array(m.seconds) for m in measurements if m.seconds}
+        self._candidates = _distinct(m.case.candidate for m in measurements)
+
+    def ratio(self, slower: Case, faster: Case) -> dict[str, float] | None:
+        """Of the seconds; None where one of them was not measured."""
+        if slower not in self._seconds or faster not in self._seconds:
+            return None
+        return _spread(self._seconds[slower] / self._seconds[faster])
+
+    def measurements(self) -> list[dict[str, Any]]:
+        """For JSON: microseconds, or why there are none."""
+        return [
+            {"section": m.section, **asdict(m.case)}
+            | ({"missing": m.missing} if m.missing else {"microseconds": _spread(self._seconds[m.case] * 1e6)})
+            for m in self._measurements
+        ]
+
+    def ratios(self) -> list[dict[str, Any]]:
+        """For JSON: every candidate against ours."""
+        pairs = [(case, _ours(case)) for case in self._seconds if case.candidate != OURS]
+        return [{"slower": asdict(a), "faster": asdict(b), "ratio": self.ratio(a, b)} for a, b in pairs]
+
+    def bars(self) -> list[dict[str, Any]]:
+        """For JSON: the promises; `met` is None where something was not measured."""
+        rows = []
+        for bar in self._bars:
+            measured = self.ratio(bar.slower, bar.faster)
+            required = f">= {bar.at_least:g}" if bar.at_least else f"< {bar.below:g}"
+            met = None if measured is None else bar.at_least <= measured["median"] < bar.below
+            rows.append({"promise": bar.promise, "required": required, "measured": measured, "met": met})
+        return rows
+
+    def tables(self) -> list[Table]:
+        """One for each section, and one of the promises."""
+        return [*map(self._section_table, _distinct(m.section for m in self._measurements)), self._bars_table()]
+
+    def draw(self, path: Path) -> None:
+        """One panel for each operation."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+
+        operations = _distinct(case.operation for case in self._seconds)
+        num_columns, num_rows = 4, max(1, -(-len(operations) // 4))
+        figure, grid = pyplot.subplots(
+            num_rows, num_columns, figsize=(18, 0.6 + 3.4 * num_rows), dpi=100, squeeze=False, layout="constrained"
+        )
+        for axes, operation in zip(grid.flat, operations, strict=False):
+            self._draw_operation(axes, operation)
+        for axes in grid.flat[len(operations) :]:
+            axes.axis("off")
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
+        figure.legend(handles, self._candidates, loc="outside lower center", ncols=len(handles))
+        figure.suptitle("Time of one call, one thread: medians, with whiskers from quartile to quartile")
+        figure.savefig(path)
+        pyplot.close(figure)
+
+    def _section_table(self, section: str) -> Table:
+        cases = {m.case: m for m in self._measurements if m.section == section}
+        names = _distinct(case.candidate for case in cases)
+        title = f"{section}: microseconds, median (quartiles), and the ratio to {OURS}"
+        table = Table("operation", "size", *names, title=title)
+        for operation, size in _distinct((case.operation, case.size) for case in cases):
+            rows = (cases.get(Case(operation, size, name)) for name in names)
+            table.add_row(operation, size, *("" if m is None else self._cell(m) for m in rows))
+        return table
+
+    def _cell(self, measurement: Measurement) -> str:
+        case = measurement.case
+        if case not in self._seconds:
+            return measurement.missing
+        spread = {name: _rounded(value) for name, value in _spread(self._seconds[case] * 1e6).items()}
+        words = f"{spread['median']} ({spread['q1']}-{spread['q3']})"
+        ratio = None if case.candidate == OURS else self.ratio(case, _ours(case))
+        return f"{words} [bold]{_rounded(ratio['median'])}x" if ratio else words
+
+    def _bars_table(self) -> Table:
+        table = Table("what the project promises", "required", "measured", "")
+        for bar in self.bars():
+            measured = _rounded(bar["measured"]["median"]) if bar["measured"] else ""
+            met = {True: "met", False: "[red]not met", None: "not measured"}[bar["met"]]
+            table.add_row(bar["promise"], bar["required"], measured, met)
+        return table
+
+    def _draw_operation(self, axes: Any, operation: str) -> None:
+        cases = [case for case in self._seconds if case.operation == operation]
+        sizes, names = _distinct(case.size for case in cases), _distinct(case.candidate for case in cases)
+        width = 0.85 / len(names)
+        for i, name in enumerate(names):
+            mine = [case for case in cases if case.candidate == name]
+            spreads = [_spread(self._seconds[case] * 1e6) for case in mine]
+            medians = [spread["median"] for spread in spreads]
+            whiskers = [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
+            places = [sizes.index(case.size) + (i - (len(names) - 1) / 2) * width for case in mine]
+            bars = axes.bar(places, medians, width, yerr=whiskers, capsize=2, color=self._colour(name))
+            axes.bar_label(bars, [_rounded(median) for median in medians], fontsize=7, padding=2)
+        all_medians = [np.median(self._seconds[case]) for case in cases]
+        if max(all_medians) > _LINEAR * min(all_medians):
+            axes.set_yscale("log")
+        axes.margins(y=0.1)
+        axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xlabel("steps x envs" if " x " in sizes[0] else "transitions in the buffer")
+        axes.set_ylabel("microseconds")
+        axes.set_title(operation, fontsize=10)
+
+    def _colour(self, name: str) -> str:
+        return f"C{self._candidates.index(name)}"
+
+
+def _ours(case: Case) -> Case:
+    return Case(case.operation, case.size, OURS)
+
+
+def _distinct(things: Any) -> list[Any]:
+    return list(dict.fromkeys(things))
+
+
+def _rounded(value: float) -> str:
+    """Three digits before or behind the point: 1,234 and 12.3 and 0.12."""
+    return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+
+
+def _spread(values: NDArray[np.float64]) -> dict[str, float]:
+    names = ("min", "q1", "median", "q3")
+    return dict(zip(names, np.quantile(values, (0, 0.25, 0.5, 0.75)).tolist(), strict=True))

@@ -1,0 +1,153 @@
+"""scripts/bench.py as a user runs it, in seconds, and the arithmetic of its report. No timing is judged here."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEADLINE_S = 60.0
+PEERS = {"cpprb": "cpprb", "SB3": "stable-baselines3", "torchrl": "torchrl"}
+BUFFER_OPERATIONS = {("prioritized get of 256", size): {"rl_buffer", "gather only", "cpprb"} for size in ("1 k", "4 k")}
+BUFFER_OPERATIONS |= {
+    (operation, size): {"rl_buffer", "cpprb"}
+    for size in ("1 k", "4 k")
+    for operation in ("update_priorities of 256", "add 1 step of 1 env", "add 1 step, then get of 256")
+}
+BUFFER_OPERATIONS |= {
+    ("add 1 step of 64 envs", "1 k"): {"rl_buffer", "cpprb"},
+    ("uniform get of 256", "1 k"): {"rl_buffer", *PEERS},
+    ("uniform: add 1 step of 1 env", "1 k"): {"rl_buffer", *PEERS},
+}
+LOOPS = {"loop over floats", "loop over arrays", "loop over tensors"}
+GAE_OPERATIONS = {("GAE of a rollout", size): {"rl_buffer", "torchrl"} | LOOPS for size in ("128 x 8", "128 x 1024")}
+
+
+def run_bench(*options):
+    return subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench.py"), *options],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """What a quick run of everything printed and wrote."""
+    output = tmp_path_factory.mktemp("bench")
+    result = run_bench("--quick", "--output", str(output))
+    assert result.returncode == 0, result.stderr
+    return result.stdout, json.loads((output / "bench.json").read_text()), output / "bench.png"
+
+
+def test_every_operation_has_a_measurement_of_every_candidate_or_says_why_not(bench):
+    _, document, _ = bench
+    found = {}
+    for row in document["measurements"]:
+        found.setdefault((row["operation"], row["size"]), set()).add(row["candidate"])
+        if "missing" in row:
+            peer = PEERS.get(row["candidate"])
+            is_slow = (row["size"], row["candidate"]) == ("128 x 1024", "loop over tensors")
+            assert is_slow or document["environment"]["versions"][peer] is None, row
+        else:
+            spread = row["microseconds"]
+            assert 0 < spread["min"] <= spread["q1"] <= spread["median"] <= spread["q3"]
+    assert found == BUFFER_OPERATIONS | GAE_OPERATIONS
+
+
+def test_ratios_compare_each_measured_candidate_with_ours(bench):
+    _, document, _ = bench
+    measured = [row["candidate"] for row in document["measurements"] if "microseconds" in row]
+    assert len(document["ratios"]) == len(measured) - measured.count("rl_buffer")
+    for row in document["ratios"]:
+        assert row["faster"] == row["slower"] | {"candidate": "rl_buffer"}
+        assert 0 < row["ratio"]["q1"] <= row["ratio"]["q3"]
+
+
+def test_the_run_says_where_and_with_what_it_was_made(bench):
+    _, document, _ = bench
+    environment = document["environment"]
+    assert environment["cpu"]
+    assert environment["num_cores"] >= 1
+    assert environment["memory_gib"] > 0
+    assert environment["revision"]
+    assert {"python", "rl_buffer", "torch", "numpy", "numba", *PEERS.values()} == set(environment["versions"])
+
+
+def test_bars_of_sizes_that_were_not_measured_are_neither_met_nor_failed(bench):
+    _, document, _ = bench
+    for bar in document["bars"]:
+        assert (bar["met"] is None) == (bar["measured"] is None)
+        assert (bar["met"] is None) == (not bar["promise"].startswith("GAE"))
+
+
+def test_missing_peers_come_with_the_command_that_installs_them(bench):
+    printed, document, _ = bench
+    absent = [peer for peer in PEERS.values() if document["environment"]["versions"][peer] is None]
+    assert not absent or f"uv pip install {' '.join(absent)}" in printed
+
+
+def test_the_chart_shows_something(bench):
+    from matplotlib.image import imread
+
+    pixels = imread(bench[2])[..., :3]
+    assert pixels.shape[0] > 300
+    assert pixels.shape[1] > 800
+    assert len({tuple(pixel) for pixel in pixels[::7, ::7].reshape(-1, 3).tolist()}) > 5  # bars of several colours
+
+
+def test_an_unknown_section_is_refused_with_those_that_there_are():
+    result = run_bench("--quick", "--sections", "images")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == ["InvalidInput: --sections takes in-process, gae, not images"]
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    from benchmarks import measure, report
+
+    return measure, report
+
+
+def test_candidates_take_turns(benchmarks):
+    measure, _ = benchmarks
+    log = []
+    jobs = {measure.Case("job", "", name): measure.Job(lambda name=name: log.append(name)) for name in "ABC"}
+    measure.take_turns("section", jobs, measure.Options(num_turns=4, slice_s=0.0))
+    assert log[-12:] == list("ABCABCABCABC")
+
+
+def test_prepared_arguments_reach_the_call_and_units_divide_its_time(benchmarks):
+    measure, _ = benchmarks
+    numbers, seen = itertools.count(), []
+    cases = [measure.Case("job", "", name) for name in ("once", "thousands")]
+    jobs = {
+        cases[0]: measure.Job(seen.append, prepare=lambda: next(numbers)),
+        cases[1]: measure.Job(seen.append, units=10**9, prepare=lambda: next(numbers)),
+    }
+    rows = measure.take_turns("section", jobs, measure.Options(num_turns=3, slice_s=0.0))
+    assert seen == list(range(len(seen)))
+    assert max(rows[1].seconds) < min(rows[0].seconds)
+
+
+def test_a_ratio_is_the_median_of_the_turns_and_not_a_ratio_of_medians(benchmarks):
+    measure, report = benchmarks
+    slow, fast = measure.Case("job", "", "peer"), measure.Case("job", "", "rl_buffer")
+    rows = [measure.Measurement("s", slow, (1.0, 4.0, 9.0)), measure.Measurement("s", fast, (1.0, 2.0, 9.0))]
+    assert report.Report(rows, []).ratio(slow, fast)["median"] == 1.0  # of 1, 2, 1; the medians' ratio is 2
+
+
+@pytest.mark.parametrize(
+    ("limits", "met"),
+    [({"at_least": 2.0}, True), ({"at_least": 2.5}, False), ({"below": 2.5}, True), ({"below": 2.0}, False)],
+)
+def test_a_bar_is_met_from_its_lower_and_below_its_upper_limit(benchmarks, limits, met):
+    measure, report = benchmarks
+    slow, fast = measure.Case("job", "", "peer"), measure.Case("job", "", "rl_buffer")
+    rows = [measure.Measurement("s", slow, (2.0, 4.0)), measure.Measurement("s", fast, (1.0, 2.0))]
+    assert report.Report(rows, [report.Bar("promise", slow, fast, **limits)]).bars()[0]["met"] is met
