@@ -6,6 +6,7 @@ The rollout is one block of memory that NumPy writes; once it is computed the bl
 once, and minibatches are gathered there.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from rl_buffer.batches import TensorTree, leaf_views
 from rl_buffer.buffer_arguments import spec_from_arguments
+from rl_buffer.buffer_files import FileReader, write_file
 from rl_buffer.episode_ends import autoreset_mode
 from rl_buffer.errors import InvalidInput
 from rl_buffer.gae import explained_variance
@@ -126,6 +128,14 @@ class RolloutBuffer:
             autoreset=autoreset_mode(autoreset),
         )
         layout = RowLayout(rollout_fields(self.spec, self.buffer_size, self.num_envs))
+        self._identity = {
+            "rollout_layout": layout.digest,
+            "num_envs": self.num_envs,
+            "buffer_size": self.buffer_size,
+            "gamma": gamma,
+            "gae_lambda": gae_lambda,
+            "autoreset": autoreset_mode(autoreset),
+        }
         is_on_cpu = self.store_device.type == "cpu"
         self._block = torch.zeros(
             (1, layout.stride_nbytes // 8), dtype=torch.int64, pin_memory=self.store_device.type == "cuda"
@@ -218,11 +228,8 @@ class RolloutBuffer:
             InvalidInput: no step was added, a wrong shape or value, or the value after a truncated step is unknown.
         """
         self._fragment.finish(last_values, last_dones)
-        self._happened = np.flatnonzero(self._views["mask"])
-        if self._store is not self._block:
-            self._store.copy_(self._block)  # waits: the next rollout is written into the same pinned memory
         self._version += 1
-        self._computed_version = self._version
+        self._publish()
 
     def get(
         self, batch_size: int | None = None, shuffle: bool = True, normalize_advantages: bool | None = None
@@ -256,6 +263,44 @@ class RolloutBuffer:
         self._fragment.begin(self._views)
         self._version += 1
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rollout and the random state to one file (safetensors, no pickle); replaces it atomically.
+
+        Raises:
+            OSError: it cannot be written; a file that was there stays.
+        """
+        values = {
+            "num_filled": len(self),
+            "computed": self._computed_version == self._version,
+            "rng": self._generator.bit_generator.state,
+        }
+        write_file(path, {"rollout": self._block.numpy(), **self._fragment.carried_over()}, self._identity | values)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what a buffer of the same arguments saved. The StatsTracker stays as it is; devices may differ.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            InvalidInput: it is no such file, or of a buffer with other arguments. Nothing has changed.
+        """
+        with FileReader(path) as file:
+            for name, own in self._identity.items():
+                if (saved := file.description.get(name)) != own:
+                    raise InvalidInput(f"{os.fspath(path)} was saved with {name} {saved}, this buffer has {own}")
+            block = file.array("rollout")
+            if block.shape != tuple(self._block.shape) or block.dtype != np.int64:
+                raise InvalidInput(f"{os.fspath(path)} holds a rollout of {block.dtype}{list(block.shape)}")
+            generator = np.random.default_rng()
+            generator.bit_generator.state = file.description["rng"]
+            computed = bool(file.description["computed"])
+            carried = {name: file.array(name) for name in ("previous_ended", "last_done")}
+            self._fragment.carry_over(carried, int(file.description["num_filled"]))  # the last that can refuse
+        self._block.numpy()[...] = block
+        self._generator = generator
+        self._version += 1
+        if computed:
+            self._publish()
+
     @property
     def explained_variance(self) -> float:
         """1 - Var(returns - values) / Var(returns) of the computed rollout; NaN where the returns do not vary.
@@ -280,6 +325,13 @@ class RolloutBuffer:
     def __len__(self) -> int:
         """Steps PER ENVIRONMENT so far, those that did not happen included."""
         return self._fragment.num_filled
+
+    def _publish(self) -> None:
+        """Let `get` see the computed rollout."""
+        self._happened = np.flatnonzero(self._views["mask"])
+        if self._store is not self._block:
+            self._store.copy_(self._block)  # waits: the next rollout is written into the same pinned memory
+        self._computed_version = self._version
 
     def _require_computed(self, call: str) -> None:
         if self._computed_version != self._version:

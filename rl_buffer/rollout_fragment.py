@@ -236,6 +236,26 @@ class RolloutFragment:
         for path in ("mask", *_RESULTS):
             views[path][num_filled:] = 0
 
+    def carried_over(self) -> dict[str, NDArray[np.bool_]]:
+        """What goes from one fragment to the next, [E] bool each; `carry_over` takes it."""
+        return {"previous_ended": self._previous_ended.copy(), "last_done": self._last_done.copy()}
+
+    def carry_over(self, carried: Mapping[str, NDArray[np.bool_]], num_filled: int) -> None:
+        """Go on after `num_filled` rows of the present views, with what another fragment carried over.
+
+        Raises:
+            InvalidInput: a shape, a dtype or the number does not fit. Nothing has changed.
+        """
+        for name, own in self.carried_over().items():
+            other = carried.get(name)
+            if other is None or (other.shape, other.dtype) != (own.shape, own.dtype):
+                raise InvalidInput(f"a rollout carries {name} over as bool[{self.num_envs}], not as {other!r}")
+        if not 0 <= num_filled <= self.num_steps:
+            raise InvalidInput(f"num_filled is {num_filled}, expected 0..{self.num_steps}")
+        self._previous_ended = carried["previous_ended"].copy()
+        self._last_done = carried["last_done"].copy()
+        self.num_filled = num_filled
+
     def _compare(self, last_dones: NDArray[np.bool_]) -> None:
         """Warn where `last_dones` is neither what `done` was at the last row nor whether that row ended an episode."""
         last = {path: self._views[path][self.num_filled - 1] for path in _FLAGS}

@@ -597,6 +597,57 @@ def test_a_wrong_argument_of_the_constructor_is_refused_by_name(options, message
         make(**options)
 
 
+# Files.
+
+
+def test_a_loaded_rollout_goes_on_where_the_saved_one_stopped(tmp_path):
+    options = {"seed": 4, "autoreset": "next_step"}
+    saved, loaded = make(**options), make(**options | {"seed": 5})
+    fill(saved, 3, done=[False, True, False], truncated=[False, True, False])
+    saved.save(tmp_path / "rollout")
+    loaded.load(tmp_path / "rollout")
+    assert (len(saved), saved.num_transitions) == (len(loaded), loaded.num_transitions)
+    for buffer in (saved, loaded):
+        for number in (3, 4):
+            buffer.add(**step_of(number))
+        buffer.compute_returns_and_advantages(np.ones(3))
+    for _ in range(2):  # the permutations too
+        assert_same_batches(saved.get(4), loaded.get(4))
+
+
+def test_a_computed_rollout_is_loaded_as_a_computed_one(tmp_path):
+    saved, loaded = filled(seed=4), make(seed=5)
+    saved.save(tmp_path / "rollout")
+    loaded.load(tmp_path / "rollout")
+    assert loaded.is_full
+    assert loaded.explained_variance == saved.explained_variance
+    assert_same_batches(saved.get(4), loaded.get(4))
+    fill(make()).save(tmp_path / "rollout")
+    loaded.load(tmp_path / "rollout")
+    with pytest.raises(InvalidInput, match="compute_returns_and_advantages"):
+        loaded.get(4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": 0.5}, "was saved with gamma 0.99, this buffer has 0.5"),
+        ({"num_envs": 2}, "was saved with rollout_layout"),
+        ({"autoreset": "next_step"}, "was saved with autoreset None, this buffer has next_step"),
+    ],
+)
+def test_a_file_of_another_rollout_is_refused_and_changes_nothing(tmp_path, options, message):
+    filled().save(tmp_path / "rollout")
+    buffer = make(**options)
+    fill(buffer, 2)
+    with pytest.raises(InvalidInput, match=message):
+        buffer.load(tmp_path / "rollout")
+    (tmp_path / "garbage").write_bytes(b"no file of ours")
+    with pytest.raises(InvalidInput, match="is not a file that a buffer saved"):
+        buffer.load(tmp_path / "garbage")
+    assert len(buffer) == 2
+
+
 # GPUs.
 
 
