@@ -5,7 +5,8 @@
     layer       modules
     pure        errors, spec, allocator, kernels, sum_tree, row_set, importance, samplers, rate_limiters, n_step,
                 stats_tracker, tables, inputs, episode_ends, step_history, transition_history, sequence_history,
-                offline, replay_input, replay_table, parameter_slots, address, buffer_arguments, gae, rollout_fragment
+                offline, replay_input, replay_table, rollout_table, parameter_slots, address, buffer_arguments, gae,
+                rollout_fragment
     memory      storage, peers, local_rows, buffer_files
     buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_buffer
     protocol    frames, messages

@@ -22,7 +22,7 @@ from rl_buffer.episode_ends import autoreset_mode
 from rl_buffer.errors import InvalidInput
 from rl_buffer.gae import explained_variance
 from rl_buffer.inputs import as_count
-from rl_buffer.rollout_fragment import RolloutFragment, rollout_fields
+from rl_buffer.rollout_fragment import RolloutFragment
 from rl_buffer.spec import RowLayout, unflatten
 from rl_buffer.stats_tracker import StatsTracker
 
@@ -127,7 +127,7 @@ class RolloutBuffer:
             gae_lambda=gae_lambda,
             autoreset=autoreset_mode(autoreset),
         )
-        layout = RowLayout(rollout_fields(self.spec, self.buffer_size, self.num_envs))
+        layout = RowLayout(self.spec.rollout_fields(self.buffer_size, self.num_envs))
         self._identity = {
             "rollout_layout": layout.digest,
             "num_envs": self.num_envs,

@@ -17,27 +17,8 @@ from numpy.typing import NDArray
 from rl_buffer.episode_ends import Autoreset
 from rl_buffer.errors import InvalidInput
 from rl_buffer.gae import generalized_advantages, require_discounts
-from rl_buffer.inputs import as_count, as_flags, copy_numbers, copy_tree
-from rl_buffer.spec import Field, TransitionSpec, flatten, leaves_below
-
-_NUMBERS = ("rewards", "values", "log_probs", "final_values")
-_FLAGS = ("terminateds", "truncateds", "mask")
-_RESULTS = ("advantages", "returns")
-
-
-def rollout_fields(spec: TransitionSpec, num_steps: int, num_envs: int) -> dict[str, Field]:
-    """Every leaf of a rollout by its path, each [num_steps, num_envs, *shape]: one row of a RowLayout.
-
-    Raises:
-        InvalidInput: a number is below 1, or the spec has extras or a recurrent state, which rollouts do not keep.
-    """
-    if spec.extras or spec.recurrent_state is not None:
-        raise InvalidInput("a rollout keeps neither extras nor a recurrent_state; use a spec without them")
-    steps = (as_count("num_steps", num_steps), as_count("num_envs", num_envs))
-    fields = dict(flatten("observations", spec.obs)) | dict(flatten("actions", spec.action))
-    fields |= dict.fromkeys((*_NUMBERS, *_RESULTS), Field((), "float32"))
-    fields |= dict.fromkeys(_FLAGS, Field((), "bool"))
-    return {path: Field((*steps, *field.shape), field.dtype) for path, field in fields.items()}
+from rl_buffer.inputs import as_flags, copy_numbers, copy_tree
+from rl_buffer.spec import ROLLOUT_FLAGS, ROLLOUT_NUMBERS, ROLLOUT_RESULTS, leaves_below
 
 
 class StagedStep(NamedTuple):
@@ -55,7 +36,7 @@ class StagedStep(NamedTuple):
 
 
 class RolloutFragment:
-    """Writes up to T steps of E environments, and their advantages, into views of the fields of `rollout_fields`.
+    """Writes up to T steps of E environments, and their advantages, into views of `TransitionSpec.rollout_fields`.
 
     Rows [0, num_filled) hold steps. Where no step happened (the dummies of next_step mode, and where the caller says
     so) a row has mask False, reward 0 and no flags; its value counts, being that of its observation.
@@ -85,7 +66,7 @@ class RolloutFragment:
         self._views: Mapping[str, NDArray[Any]] = {}
         self._observations: dict[str, NDArray[Any]] = {}
         self._actions: dict[str, NDArray[Any]] = {}
-        self._numbers = tuple(np.empty((len(_NUMBERS), num_envs)))
+        self._numbers = tuple(np.empty((len(ROLLOUT_NUMBERS), num_envs)))
         self._previous_ended = np.zeros(num_envs, np.bool_)
         self._last_done = np.zeros(num_envs, np.bool_)
 
@@ -219,7 +200,7 @@ class RolloutFragment:
         copy_numbers("last_values", values, last_values)
         if last_dones is not None:
             self._compare(as_flags("last_dones", last_dones, self.num_envs))
-        filled = {path: views[path][:num_filled] for path in (*_NUMBERS, *_FLAGS, *_RESULTS)}
+        filled = {path: views[path][:num_filled] for path in (*ROLLOUT_NUMBERS, *ROLLOUT_FLAGS, *ROLLOUT_RESULTS)}
         generalized_advantages(
             filled["rewards"],
             filled["values"],
@@ -233,7 +214,7 @@ class RolloutFragment:
             last_is_final=self._autoreset in ("next_step", "disabled"),
             out=(filled["advantages"], filled["returns"]),
         )
-        for path in ("mask", *_RESULTS):
+        for path in ("mask", *ROLLOUT_RESULTS):
             views[path][num_filled:] = 0
 
     def carried_over(self) -> dict[str, NDArray[np.bool_]]:
@@ -258,7 +239,7 @@ class RolloutFragment:
 
     def _compare(self, last_dones: NDArray[np.bool_]) -> None:
         """Warn where `last_dones` is neither what `done` was at the last row nor whether that row ended an episode."""
-        last = {path: self._views[path][self.num_filled - 1] for path in _FLAGS}
+        last = {path: self._views[path][self.num_filled - 1] for path in ROLLOUT_FLAGS}
         ended = last["terminateds"] | last["truncateds"]
         differs = last["mask"] & (last_dones != ended) & (last_dones != self._last_done)
         if np.count_nonzero(differs):

@@ -112,6 +112,9 @@ def leaves_below(name: str, leaves: Mapping[str, Any]) -> dict[str, Any]:
 # What an n-step transition, or the window that begins at a step of a sequence, came to.
 _OUTCOME = {name: Field((), "float32") for name in ("rewards", "dones", "discounts")}
 _OUTCOME |= {"n_steps": Field((), "int32"), "terminateds": Field((), "bool"), "truncateds": Field((), "bool")}
+ROLLOUT_NUMBERS = ("rewards", "values", "log_probs", "final_values")
+ROLLOUT_FLAGS = ("terminateds", "truncateds", "mask")
+ROLLOUT_RESULTS = ("advantages", "returns")
 _OF_SEQUENCES = {"step_rewards": Field((), "float32"), "mask": Field((), "bool"), "train_mask": Field((), "bool")}
 
 
@@ -176,6 +179,18 @@ class TransitionSpec(msgspec.Struct, frozen=True):
         fields = self._inputs() | _OUTCOME | _OF_SEQUENCES
         fields = {path: Field((num_steps, *field.shape), field.dtype) for path, field in fields.items()}
         return fields | self.recurrent_fields()
+
+    def rollout_fields(self, num_steps: int, num_envs: int) -> dict[str, Field]:
+        """Every leaf of a rollout by its path, each [num_steps, num_envs, *shape]: one row of a RowLayout.
+
+        Raises:
+            InvalidInput: the spec has extras or a recurrent state, which rollouts do not keep.
+        """
+        if self.extras or self.recurrent_state is not None:
+            raise InvalidInput("a rollout keeps neither extras nor a recurrent_state; use a spec without them")
+        fields = self._inputs() | dict.fromkeys((*ROLLOUT_NUMBERS, *ROLLOUT_RESULTS), Field((), "float32"))
+        fields |= dict.fromkeys(ROLLOUT_FLAGS, Field((), "bool"))
+        return {path: Field((num_steps, num_envs, *field.shape), field.dtype) for path, field in fields.items()}
 
     def recurrent_fields(self) -> dict[str, Field]:
         """The leaves of the recurrent state by path; empty where there is none."""

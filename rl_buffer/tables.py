@@ -4,7 +4,7 @@ Plain values only. The bookkeeping that they describe is in `replay_table`.
 """
 
 import operator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from rl_buffer.errors import InvalidInput
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
-from rl_buffer.spec import RowLayout, TransitionSpec
+from rl_buffer.spec import Field, RowLayout, TransitionSpec
 
 _MAX_ROWS = 2**40  # 2^40 rows of one cache line are 64 TiB; also keeps row numbers exact in float64
 _MAX_SEQUENCE_STEPS = 2**16
+_MAX_FRAGMENTS = 2**20
 _DEFAULT_HEADROOM_SHARE = 16
 _DEFAULT_HEADROOM_MAX_MIN_ROWS = 4096  # of small rows: 30 writers with chunks of 64
 _DEFAULT_HEADROOM_MIN_NBYTES = 64 << 20  # of large ones
@@ -71,17 +72,9 @@ class ReplayTable(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
-            value = getattr(self, name)
-            if not isinstance(value, kinds):
-                expected = " or ".join(f"{kind.__name__}(...)" for kind in kinds)
-                raise InvalidInput(f"ReplayTable {name} must be {expected}, got {value!r}")
-        for name in ("capacity", "n_step", "seed", "headroom", "sequence_length", "burn_in", "overlap"):
-            value = getattr(self, name)
-            if value is not None:
-                try:
-                    msgspec.structs.force_setattr(self, name, operator.index(value))  # NumPy integers too
-                except TypeError:
-                    raise InvalidInput(f"ReplayTable {name} must be an integer, got {value!r}") from None
+            _require_kind("ReplayTable", name, getattr(self, name), kinds)
+        integers = ("capacity", "n_step", "seed", "headroom", "sequence_length", "burn_in", "overlap")
+        _make_integers("ReplayTable", self, integers)
         longest_overlap = (self.sequence_length or 1) - 1
         for name, low, high in (
             ("capacity", 1, _MAX_ROWS),
@@ -92,10 +85,9 @@ class ReplayTable(msgspec.Struct, frozen=True):
             ("overlap", 0, longest_overlap),
             ("eta", 0.0, 1.0),
         ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                of = " without sequence_length" if name in ("burn_in", "overlap") and not self.sequence_length else ""
-                raise InvalidInput(f"ReplayTable {name} must be in [{low}, {high}]{of}, got {value!r}")
+            without = name in ("burn_in", "overlap") and not self.sequence_length
+            of = " without sequence_length" if without else ""
+            _require_range("ReplayTable", name, getattr(self, name), low, high, of)
         if self.spec.recurrent_state is not None and self.sequence_length is None:
             raise InvalidInput("the spec has a recurrent_state, which only sequences keep; give sequence_length too")
         min_size = self.rate_limiter.min_size_to_sample
@@ -134,6 +126,103 @@ class ReplayTable(msgspec.Struct, frozen=True):
     def rows_nbytes(self) -> int:
         """Bytes of all rows."""
         return self.num_rows * self.layout.stride_nbytes
+
+
+class RolloutTable(msgspec.Struct, frozen=True):
+    """Rollout fragments [num_steps, num_envs] on their way from the actors to a learner, each handed out once.
+
+    Lag is counted in published versions of `parameters`: the newest at hand-out, less the oldest that a step of the
+    fragment was made with.
+
+    Args:
+        spec: what one step holds; without extras and recurrent state.
+        num_steps: steps per environment and fragment, T.
+        num_envs: environments of one writer, E.
+        num_fragments: fragments that exist, those being written and read included. A writer holds one.
+        gamma: discount factor in [0, 1].
+        gae_lambda: of generalized advantage estimation, in [0, 1].
+        max_version_lag: no fragment with more is handed out; None hands out all.
+        when_late: "drop" frees fragments with too much lag instead of handing them out, and counts them. "wait" never
+            lets one become so: at most (max_version_lag + 1) * fragments_per_update are written, finished or read at a
+            time, and they are handed out in the order in which they were begun, so the slowest writer sets the pace.
+            With max_version_lag = 0 that is synchronous training: nobody begins before the learner, which publishes
+            first, has released what it read.
+        fragments_per_update: that the learner takes and releases together.
+        parameters: name of the parameter set whose versions count.
+
+    Raises:
+        InvalidInput: a value is out of range.
+    """
+
+    spec: TransitionSpec
+    num_steps: int
+    num_envs: int
+    num_fragments: int = 16
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    max_version_lag: int | None = None
+    when_late: str = "drop"
+    fragments_per_update: int = 1
+    parameters: str = "policy"
+
+    def __post_init__(self) -> None:
+        _require_kind("RolloutTable", "spec", self.spec, (TransitionSpec,))
+        counts = ("num_steps", "num_envs", "num_fragments", "fragments_per_update")
+        _make_integers("RolloutTable", self, (*counts, "max_version_lag"))
+        for name, low, high in (
+            *((name, 1, _MAX_FRAGMENTS) for name in counts),
+            ("max_version_lag", 0, _MAX_FRAGMENTS),
+            ("gamma", 0.0, 1.0),
+            ("gae_lambda", 0.0, 1.0),
+        ):
+            _require_range("RolloutTable", name, getattr(self, name), low, high)
+        if self.when_late not in ("drop", "wait"):
+            raise InvalidInput(f"RolloutTable when_late must be 'drop' or 'wait', got {self.when_late!r}")
+        if self.when_late == "wait" and self.max_version_lag is None:
+            raise InvalidInput("RolloutTable when_late='wait' needs max_version_lag=")
+        if self.num_fragments < self.fragments_per_update:
+            raise InvalidInput(
+                f"RolloutTable has {self.num_fragments} fragments, fewer than the {self.fragments_per_update} that an "
+                "update takes; raise num_fragments"
+            )
+
+    @property
+    def layout(self) -> RowLayout:
+        """How one fragment lies in its row: the leaves of a rollout, and who made it with which parameters."""
+        versions = {"versions": Field((self.num_steps,), "int64"), "writer": Field((), "int64")}
+        return RowLayout(self.spec.rollout_fields(self.num_steps, self.num_envs) | versions)
+
+    @property
+    def num_rows(self) -> int:
+        """Fragments: one row each."""
+        return self.num_fragments
+
+    @property
+    def rows_nbytes(self) -> int:
+        """Bytes of all fragments."""
+        return self.num_rows * self.layout.stride_nbytes
+
+
+def _require_kind(table: str, name: str, value: Any, kinds: tuple[type, ...]) -> None:
+    if not isinstance(value, kinds):
+        expected = " or ".join(f"{kind.__name__}(...)" for kind in kinds)
+        raise InvalidInput(f"{table} {name} must be {expected}, got {value!r}")
+
+
+def _make_integers(table: str, config: msgspec.Struct, names: tuple[str, ...]) -> None:
+    """Plain integers of NumPy's."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            try:
+                msgspec.structs.force_setattr(config, name, operator.index(value))
+            except TypeError:
+                raise InvalidInput(f"{table} {name} must be an integer, got {value!r}") from None
+
+
+def _require_range(table: str, name: str, value: Any, low: float, high: float, of: str = "") -> None:
+    if value is not None and not low <= value <= high:
+        raise InvalidInput(f"{table} {name} must be in [{low}, {high}]{of}, got {value!r}")
 
 
 class StatsConfig(msgspec.Struct, frozen=True):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_buffer.errors import InvalidInput
-from rl_buffer.rollout_fragment import RolloutFragment, rollout_fields
+from rl_buffer.rollout_fragment import RolloutFragment
 from rl_buffer.spec import Field, RowLayout, TransitionSpec
 
 NAN = float("nan")
@@ -20,7 +20,7 @@ MODES = [None, "next_step", "same_step", "disabled"]
 
 def views_of(spec, num_steps, num_envs):
     """Views of one row of memory that holds rubbish, as a shared table would hand them out."""
-    layout = RowLayout(rollout_fields(spec, num_steps, num_envs))
+    layout = RowLayout(spec.rollout_fields(num_steps, num_envs))
     views = {path: view[0] for path, view in layout.view(bytearray(layout.stride_nbytes), 1).items()}
     for view in views.values():
         view[...] = 1
@@ -68,7 +68,7 @@ def assert_same(views, expected, rows=slice(None)):
 def test_every_leaf_of_a_rollout_is_steps_by_environments():
     spec = TransitionSpec(obs={"image": Field((2, 2), "uint8"), "state": Field(())}, action=Field((5,), "int64"))
     flags, numbers = Field((7, 3), "bool"), Field((7, 3), "float32")
-    assert rollout_fields(spec, 7, 3) == {
+    assert spec.rollout_fields(7, 3) == {
         "observations/image": Field((7, 3, 2, 2), "uint8"),
         "observations/state": Field((7, 3), "float32"),
         "actions": Field((7, 3, 5), "int64"),
@@ -77,18 +77,10 @@ def test_every_leaf_of_a_rollout_is_steps_by_environments():
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((SPEC, 0, 1), "num_steps must be an integer >= 1, got 0"),
-        ((SPEC, 1, 1.5), "num_envs must be an integer >= 1, got 1.5"),
-        ((TransitionSpec(obs=Field(1), action=Field(1), extras={"x": Field(1)}), 1, 1), "neither extras"),
-        ((TransitionSpec(obs=Field(1), action=Field(1), recurrent_state=Field(1)), 1, 1), "nor a recurrent_state"),
-    ],
-)
-def test_fields_of_nothing_or_of_what_a_rollout_does_not_keep_are_refused(arguments, message):
-    with pytest.raises(InvalidInput, match=re.escape(message)):
-        rollout_fields(*arguments)
+@pytest.mark.parametrize("kept", [{"extras": {"x": Field(1)}}, {"recurrent_state": Field(1)}], ids=str)
+def test_what_a_rollout_does_not_keep_is_refused(kept):
+    with pytest.raises(InvalidInput, match="keeps neither extras nor a recurrent_state"):
+        TransitionSpec(obs=Field(1), action=Field(1), **kept).rollout_fields(1, 1)
 
 
 # Writing.
