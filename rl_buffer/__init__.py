@@ -8,10 +8,11 @@
                 offline, replay_input, replay_table, rollout_table, parameter_slots, address, buffer_arguments, gae,
                 rollout_fragment
     memory      storage, peers, local_rows, buffer_files
-    buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_buffer
+    buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_batches, rollout_buffer
     protocol    frames, messages
     processes   sessions, server_info, server_core, server_loop, server     (the server)
-                connection, parameters, writer, sampler, served_buffer, client     (its clients)
+                connection, parameters, writer, sampler, served_buffer, rollout_writer, rollout_reader,
+                client                                                          (its clients)
                 launch                                               (child processes of a trainer)
 """
 
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
     from rl_buffer.rate_limiters import MinSize as MinSize
     from rl_buffer.rate_limiters import SampleToInsertRatio as SampleToInsertRatio
     from rl_buffer.replay_buffer import ReplayBuffer as ReplayBuffer
-    from rl_buffer.rollout_buffer import RolloutBatch as RolloutBatch
+    from rl_buffer.rollout_batches import RolloutBatch as RolloutBatch
     from rl_buffer.rollout_buffer import RolloutBuffer as RolloutBuffer
+    from rl_buffer.rollout_reader import RolloutReader as RolloutReader
+    from rl_buffer.rollout_reader import Rollouts as Rollouts
+    from rl_buffer.rollout_writer import RolloutWriter as RolloutWriter
     from rl_buffer.sampler import ReplaySampler as ReplaySampler
     from rl_buffer.samplers import Prioritized as Prioritized
     from rl_buffer.samplers import Uniform as Uniform
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
     from rl_buffer.spec import TransitionSpec as TransitionSpec
     from rl_buffer.stats_tracker import StatsTracker as StatsTracker
     from rl_buffer.tables import ReplayTable as ReplayTable
+    from rl_buffer.tables import RolloutTable as RolloutTable
     from rl_buffer.writer import ReplayWriter as ReplayWriter
 
 _MODULES = {
@@ -70,8 +75,12 @@ _MODULES = {
     "ReplayTable": "tables",
     "ReplayWriter": "writer",
     "RequestRefused": "errors",
-    "RolloutBatch": "rollout_buffer",
+    "RolloutBatch": "rollout_batches",
     "RolloutBuffer": "rollout_buffer",
+    "RolloutReader": "rollout_reader",
+    "RolloutTable": "tables",
+    "RolloutWriter": "rollout_writer",
+    "Rollouts": "rollout_reader",
     "SampleToInsertRatio": "rate_limiters",
     "SequenceBatch": "batches",
     "ServerLost": "errors",

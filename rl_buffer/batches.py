@@ -31,11 +31,10 @@ _TORCH_DTYPES = {
 
 
 class _Field:
-    """A field of a batch that was made by `_Batch.of`: becomes a tensor when it is first looked at, and stays it.
+    """See the class."""
 
-    Making and dropping a tensor takes 1 us; of a get() of 256 transitions twelve of them were a third. No data
-    descriptor: what the batch has in its own dict is found first.
-    """
+    # Becomes a tensor when it is first looked at, and stays it: making and dropping one takes 1 us; of a get() of 256
+    # transitions twelve of them were a third. No data descriptor: what the batch has in its own dict is found first.
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -109,7 +108,7 @@ class ReplayBatch(_Batch):
         Of a buffer without gamma they raise InvalidInput.
     n_steps: (B,) int32, reward steps actually summed.
     extras: name -> (B, *shape).
-    weights: (B,) float32, importance weights, at most 1; prioritized tables only, as are
+    weights: (B,) float32, importance weights over the largest of the batch; prioritized tables only, as are
     indices, generations: (B,) int64 on the CPU, the rows and which item they held.
     """
 

@@ -15,12 +15,14 @@ from rl_buffer.episode_ends import autoreset_mode, stated_autoreset
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.parameters import ParameterSet, as_arrays
 from rl_buffer.spec import Field, TransitionSpec
-from rl_buffer.tables import ReplayTable
+from rl_buffer.tables import ReplayTable, RolloutTable
 from rl_buffer.writer import ReplayWriter
 
 if TYPE_CHECKING:
     import torch
 
+    from rl_buffer.rollout_reader import RolloutReader
+    from rl_buffer.rollout_writer import RolloutWriter
     from rl_buffer.sampler import ReplaySampler
     from rl_buffer.served_buffer import ServedReplayBuffer
 
@@ -49,7 +51,7 @@ class Client:
 
     def __init__(self, connection: Connection, timeout_s: float) -> None:
         self.timeout_s = timeout_s
-        self.parameter_versions: dict[str, int] = {}  # the newest of each set that `parameters` returned
+        self.parameter_versions: dict[str, int] = {}  # the newest of each set that this client got or published
         self._connection = connection
         self._control = connection.channel()
         self._lock = threading.Lock()
@@ -58,7 +60,7 @@ class Client:
         self._parameter_sets: dict[str, ParameterSet] = {}
 
     @property
-    def tables(self) -> dict[str, ReplayTable]:
+    def tables(self) -> dict[str, ReplayTable | RolloutTable]:
         """Every table's configuration by name: spec, capacity, n_step, gamma, ..."""
         return {name: info.config for name, info in self._connection.tables.items()}
 
@@ -91,7 +93,7 @@ class Client:
                 how it resets.
             RequestRefused: chunks that the headroom or the rate limiter could never take.
         """
-        config = self._table(table)
+        config = self._replay_table(table)
         if (envs is None) == (num_envs is None):
             raise InvalidInput("writer needs envs= or num_envs=, and not both")
         if envs is not None:
@@ -153,7 +155,7 @@ class Client:
         """
         from rl_buffer.sampler import ReplaySampler  # imports torch
 
-        config = self._table(table)
+        config = self._replay_table(table)
         rows, generations = self._connection.segments[table]
         with self._new_channel() as channel:
             return ReplaySampler(
@@ -187,6 +189,91 @@ class Client:
         from rl_buffer.served_buffer import ServedReplayBuffer  # imports torch
 
         return ServedReplayBuffer(self, table, num_envs, autoreset=autoreset, **options)
+
+    def rollout_writer(
+        self,
+        table: str,
+        *,
+        envs: Any = None,
+        autoreset: Any = _UNSTATED,
+        number: int = 0,
+        timeout_s: float | None = None,
+    ) -> "RolloutWriter":
+        """A writer of rollouts for one actor.
+
+        Args:
+            table: its name.
+            envs: a Gymnasium vector environment of the table's `num_envs`; autoreset mode and spaces are taken from it.
+            autoreset: "next_step", "same_step", "disabled" or None; overrides `envs`, without which it must be said.
+            number: of this actor; the learner sees fragments in the order of these numbers.
+            timeout_s: deadline of `begin`, by default the client's.
+
+        Raises:
+            InvalidInput: unknown table, or environments that do not fit it.
+        """
+        from rl_buffer.rollout_writer import RolloutWriter  # imports Numba
+
+        config = self._rollout_table(table)
+        if envs is None and autoreset is _UNSTATED:
+            raise InvalidInput("rollout_writer needs envs=, or autoreset= as in envs.metadata['autoreset_mode']")
+        if envs is not None:
+            _check_spaces(table, config.spec, envs)
+            num_envs = int(getattr(envs, "num_envs", 1))
+            if num_envs != config.num_envs:
+                raise InvalidInput(f"envs has {num_envs} environments, but table {table!r} is for {config.num_envs}")
+        mode = stated_autoreset(envs) if autoreset is _UNSTATED else autoreset_mode(autoreset)
+        rows, _ = self._connection.segments[table]
+        with self._new_channel() as channel:
+            return RolloutWriter(
+                channel,
+                self._caller(channel),
+                table,
+                config,
+                config.layout.view(rows.buffer, config.num_rows),
+                self._connection.stats_config,
+                number=operator.index(number),
+                autoreset=mode,
+                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                explain=self._explainer(table),
+                parameter_version=lambda: self.parameter_versions.get(config.parameters, 0),
+            )
+
+    def rollouts(
+        self,
+        table: str,
+        *,
+        device: "str | torch.device" = "cpu",
+        seed: int | None = None,
+        timeout_s: float | None = None,
+    ) -> "RolloutReader":
+        """A reader of finished rollouts for one learner.
+
+        Args:
+            table: its name.
+            device: where minibatches go.
+            seed: of their order.
+            timeout_s: default deadline of `take`, by default the client's.
+
+        Raises:
+            InvalidInput: unknown table.
+        """
+        from rl_buffer.rollout_reader import RolloutReader  # imports torch
+
+        config = self._rollout_table(table)
+        rows, _ = self._connection.segments[table]
+        with self._new_channel() as channel:
+            return RolloutReader(
+                channel,
+                self._caller(channel),
+                table,
+                config,
+                rows,
+                device=device,
+                seed=seed,
+                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                explain=self._explainer(table),
+                newest_version=lambda: self.parameter_versions.get(config.parameters, 0),
+            )
 
     # ---- parameters ----------------------------------------------------------------------------------------
 
@@ -223,6 +310,7 @@ class Client:
             parameters.write(slot.slot, arrays)
             published = self._call(messages.PublishParameters(name, slot.slot), timeout_s)
             assert isinstance(published, messages.Slot)
+        self.parameter_versions[name] = published.version
         return published.version
 
     def parameters(
@@ -293,7 +381,19 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _table(self, name: str) -> ReplayTable:
+    def _replay_table(self, name: str) -> ReplayTable:
+        table = self._table(name)
+        if not isinstance(table, ReplayTable):
+            raise InvalidInput(f"table {name!r} holds rollouts; use client.rollout_writer and client.rollouts")
+        return table
+
+    def _rollout_table(self, name: str) -> RolloutTable:
+        table = self._table(name)
+        if not isinstance(table, RolloutTable):
+            raise InvalidInput(f"table {name!r} holds transitions; use client.writer and client.sampler")
+        return table
+
+    def _table(self, name: str) -> ReplayTable | RolloutTable:
         if name not in self._connection.tables:
             raise InvalidInput(f"no table is called {name!r}; this server has {sorted(self._connection.tables)}")
         return self._connection.tables[name].config

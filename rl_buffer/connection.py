@@ -214,6 +214,13 @@ class Channel:
             raise server_lost(self.connection.address)
         return None
 
+    def leave(self, call: "Callable[[messages.Request], messages.Reply]") -> None:
+        """Tell the server, by `call`, that this channel's writer, sampler or reader is done, and close."""
+        try:
+            call(messages.CloseChannel(self.number))
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Close the socket; unsent frames are dropped."""
         self._socket.close()

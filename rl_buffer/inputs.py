@@ -34,7 +34,11 @@ def as_numpy(value: Any) -> NDArray[Any]:
     if type(value) is np.ndarray:
         return value
     if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
+        value = value.detach().cpu()
+        try:
+            value = value.numpy()
+        except TypeError:  # bfloat16, which NumPy does not have
+            value = value.float().numpy()
     return np.asarray(value)
 
 
@@ -104,7 +108,10 @@ def as_flags(argument: str, value: Any, num_envs: int) -> NDArray[np.bool_]:
 
 
 def _copy(argument: str, target: NDArray[Any], value: Any) -> None:
-    array = as_numpy(value)
+    try:
+        array = as_numpy(value)
+    except ValueError as error:  # rows of different lengths, for one
+        raise InvalidInput(f"{argument} is no array: {error}; expected shape {target.shape}") from error
     if array.shape != target.shape:
         if array.size != target.size or array.shape not in _same_rows(target.shape):
             raise InvalidInput(f"{argument} has shape {array.shape}, expected {target.shape}")
@@ -113,8 +120,12 @@ def _copy(argument: str, target: NDArray[Any], value: Any) -> None:
         raise InvalidInput(
             f"{argument} has dtype {array.dtype}, expected {target.dtype}; cast it, or give its Field another dtype"
         )
+    if array.dtype.itemsize > target.dtype.itemsize and target.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # to infinity, which is looked for
+            target[...] = array
+        return
     target[...] = array
-    # Same kind, but perhaps narrower: integers would wrap without a word. (Floats that overflow become infinite.)
+    # Same kind, but perhaps narrower: integers would wrap without a word.
     if array.dtype.itemsize > target.dtype.itemsize and target.dtype.kind in "iu" and (target != array).any():
         raise InvalidInput(
             f"{argument} has values from {array.min()} to {array.max()}, which {target.dtype} cannot hold; "

@@ -14,7 +14,7 @@ import msgspec
 
 from rl_buffer.frames import CONTROL, decode_msgpack
 from rl_buffer.spec import Field
-from rl_buffer.tables import ReplayTable, StatsConfig
+from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
 PROTOCOL_VERSION = 1
 MAX_ATTACH_NBYTES = 1 << 17  # one SEQPACKET message; a network of 1,000 tensors needs about 50 KB
@@ -46,8 +46,15 @@ class OpenSampler(_Request, frozen=True):
     batch_size: int
 
 
+class OpenReader(_Request, frozen=True):
+    """Let channel `channel` of this client read the fragments of rollout table `table`, as many as it gives credits."""
+
+    channel: int
+    table: str
+
+
 class CloseChannel(_Request, frozen=True):
-    """The writer or sampler of channel `channel` of the same client is done and will not touch rows again."""
+    """The writer, sampler or reader of channel `channel` of this client is done and will not touch rows again."""
 
     channel: int
 
@@ -88,6 +95,7 @@ class GetStats(_Request, frozen=True):
 Request = (
     OpenWriter
     | OpenSampler
+    | OpenReader
     | CloseChannel
     | ReserveParameters
     | PublishParameters
@@ -160,7 +168,7 @@ class SegmentInfo(msgspec.Struct, frozen=True):
 class TableInfo(msgspec.Struct, frozen=True):
     """A table and where its memory is."""
 
-    config: ReplayTable
+    config: ReplayTable | RolloutTable
     digest: str  # of the row layout
     rows: SegmentInfo
     generations: SegmentInfo
@@ -243,7 +251,7 @@ class ServerConfig(msgspec.Struct, frozen=True):
     """What the parent sends by stdin."""
 
     address: str
-    tables: dict[str, ReplayTable]
+    tables: dict[str, ReplayTable | RolloutTable]
     stats: StatsConfig
     parent_pid: int
 

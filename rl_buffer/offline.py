@@ -11,6 +11,9 @@ from rl_buffer.inputs import as_numpy
 from rl_buffer.spec import PATH_SEPARATOR, Field
 from rl_buffer.tables import ReplayTable
 
+# Of a batch, but not of what it holds; and trees that may be empty.
+_IGNORED = {"weights", "indices", "generations", "extras", "recurrent_states"}
+
 
 def checked_leaves(table: ReplayTable, batch: Any) -> tuple[int, dict[str, NDArray[Any]]]:
     """Every leaf of N items for a table, by path and [N, *shape], and N; nothing is copied that has the right dtype.
@@ -25,6 +28,9 @@ def checked_leaves(table: ReplayTable, batch: Any) -> tuple[int, dict[str, NDArr
     if not isinstance(batch, Mapping) and not hasattr(batch, "fields"):
         raise InvalidInput(f"extend needs a batch or a mapping with observations, actions, ..., got {type(batch)}")
     given = {k: v for k, v in (batch if isinstance(batch, Mapping) else batch.fields()).items() if v is not None}
+    known = {path.split(PATH_SEPARATOR)[0] for path in table.layout.columns} | _IGNORED
+    if unknown := sorted(set(given) - known):
+        raise InvalidInput(f"extend does not know {', '.join(unknown)}; it takes {', '.join(sorted(known - _IGNORED))}")
     leaves: dict[str, NDArray[Any]] = {}
     num_items: int | None = None
     fields = table.layout.fields
@@ -39,7 +45,8 @@ def checked_leaves(table: ReplayTable, batch: Any) -> tuple[int, dict[str, NDArr
         _complete(table, leaves, num_items)
     missing = sorted(set(fields) - set(leaves))
     if missing:
-        raise InvalidInput(f"extend needs {', '.join(missing)}; it was given {', '.join(sorted(given))}")
+        steps = "; single steps go into an n-step table by add()" if "n_steps" in missing else ""
+        raise InvalidInput(f"extend needs {', '.join(missing)}; it was given {', '.join(sorted(given))}{steps}")
     return num_items, leaves
 
 
@@ -54,9 +61,20 @@ def _find(tree: Any, path: str) -> Any:
 def _complete(table: ReplayTable, leaves: dict[str, NDArray[Any]], num_items: int) -> None:
     """Add what follows from the rest."""
     if "terminateds" in leaves:
-        leaves["dones"] = leaves["terminateds"].astype(np.float32)
+        terminateds = leaves["terminateds"]
+        if "dones" in leaves and not np.array_equal(leaves["dones"] != 0, terminateds):
+            raise InvalidInput(
+                "dones and terminateds differ; in a batch both say where the bootstrap stops, so give one"
+            )
+        leaves["dones"] = terminateds.astype(np.float32)
     elif "dones" in leaves:
         leaves["terminateds"] = _cast("dones", leaves["dones"], np.dtype(np.bool_))
+        both = leaves["terminateds"] & leaves.get("truncateds", np.False_)
+        if both.any():
+            raise InvalidInput(
+                f"dones and truncateds are both set at {int(both.argmax())}: dones of a batch stop the bootstrap, so "
+                "it is not clear what is meant; give terminateds instead of dones"
+            )
     leaves.setdefault("truncateds", np.zeros(num_items, np.bool_))
     if table.n_step == 1:
         leaves.setdefault("n_steps", np.ones(num_items, np.int32))

@@ -217,7 +217,8 @@ class ReplayBuffer(ReplayInput):
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what a buffer of the same arguments saved: contents, priorities, open windows, random state.
 
-        The StatsTracker stays as it is. Devices and seed may differ.
+        The StatsTracker stays as it is. Devices and seed may differ. If the environments were reset since, call
+        `on_reset()`, or an n-step window that was open joins two episodes.
 
         Raises:
             FileNotFoundError: there is no such file.

@@ -43,6 +43,19 @@ class ReplayTableState:
     def __len__(self) -> int:
         return self.allocator.num_committed
 
+    @property
+    def num_reservable(self) -> int:
+        """Rows that `reserve` can hand out now."""
+        return self.allocator.num_reservable
+
+    def reserve(self, num_rows: int) -> Rows:
+        """Let a writer hold rows; see `RowAllocator.reserve`."""
+        return self.allocator.reserve(num_rows)
+
+    def num_insertable(self, num_rows: int) -> int:
+        """How many of `num_rows` items the limiter lets be committed now."""
+        return self.limiter.num_insertable(num_rows)
+
     def commit(self, rows: Rows, td_errors: NDArray[np.float64] | None) -> None:
         """Make reserved, written rows sampleable, and evict the oldest that no longer fit.
 

@@ -8,47 +8,23 @@ once, and minibatches are gathered there.
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from rl_buffer.batches import TensorTree, leaf_views
+from rl_buffer.batches import leaf_views
 from rl_buffer.buffer_arguments import spec_from_arguments
 from rl_buffer.buffer_files import FileReader, write_file
 from rl_buffer.episode_ends import autoreset_mode
 from rl_buffer.errors import InvalidInput
 from rl_buffer.gae import explained_variance
 from rl_buffer.inputs import as_count
+from rl_buffer.rollout_batches import RolloutBatch, RolloutRows, is_handed_out
 from rl_buffer.rollout_fragment import RolloutFragment
-from rl_buffer.spec import RowLayout, unflatten
+from rl_buffer.spec import RowLayout
 from rl_buffer.stats_tracker import StatsTracker
-
-_SCALARS = ("values", "log_probs", "advantages", "returns", "mask")
-_STD_EPSILON = 1e-8
-
-
-@dataclass(slots=True)
-class RolloutBatch:
-    """B steps of a rollout. The tensors are the caller's own.
-
-    observations: (B, *obs_shape), or nested dicts of such.
-    actions: (B, *action_shape).
-    values, log_probs: (B,) float32, of the policy that acted.
-    advantages: (B,) float32, by GAE.
-    returns: (B,) float32, advantages + values, before advantages were normalised.
-    mask: (B,) bool. Always True here: only steps that happened are handed out.
-    """
-
-    observations: TensorTree
-    actions: TensorTree
-    values: torch.Tensor
-    log_probs: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-    mask: torch.Tensor
 
 
 class RolloutBuffer:
@@ -143,9 +119,7 @@ class RolloutBuffer:
         self._views = {path: view[0] for path, view in layout.view(self._block.numpy(), 1).items()}
         self._store = self._block if is_on_cpu else torch.empty_like(self._block, device=self.store_device)
         self._leaves = {
-            path: leaf[0].flatten(0, 1)
-            for path, leaf in leaf_views(layout, self._store).items()
-            if path in _SCALARS or path.startswith(("observations", "actions"))
+            path: leaf[0].flatten(0, 1) for path, leaf in leaf_views(layout, self._store).items() if is_handed_out(path)
         }
         self._happened = np.empty(0, np.int64)  # rows step * E + env to hand out
         # Counts changes of the rollout, so that neither `get` nor an unfinished epoch mixes two states of it.
@@ -248,15 +222,10 @@ class RolloutBuffer:
                 all at the call. While iterating: the rollout has changed since the call.
         """
         self._require_computed("get()")
-        num_rows = len(self._happened)
-        if not num_rows:
-            raise InvalidInput("no step of this rollout happened: all are dummies or masked out")
-        batch_size = num_rows if batch_size is None else as_count("batch_size", batch_size)
-        if batch_size > num_rows:
-            raise InvalidInput(f"batch_size is {batch_size}, but the rollout has {num_rows} steps that happened")
-        rows = self._generator.permutation(self._happened) if shuffle else self._happened
         normalize = self.normalize_advantages if normalize_advantages is None else normalize_advantages
-        return self._minibatches(torch.from_numpy(rows), batch_size, normalize, self._version)
+        version = self._version
+        rows = RolloutRows(self._leaves, self._happened, self.device, lambda: self._version == version)
+        return rows.epoch(batch_size, self._generator if shuffle else None, normalize)
 
     def reset(self) -> None:
         """Drop the steps and start the next rollout; environments go on where they are."""
@@ -348,28 +317,3 @@ class RolloutBuffer:
             for path, values in first_row.items():
                 self._views[path][0] = values
             self._fragment.num_filled = self.buffer_size
-
-    def _minibatches(
-        self, rows: torch.Tensor, batch_size: int, normalize: bool, version: int
-    ) -> Iterator[RolloutBatch]:
-        rows = rows.to(self.store_device)
-        for start in range(0, len(rows), batch_size):
-            if version != self._version:
-                raise InvalidInput("the rollout has changed since get() was called; finish an epoch before add()")
-            chosen = rows[start : start + batch_size]
-            leaves = {path: leaf.index_select(0, chosen).to(self.device) for path, leaf in self._leaves.items()}
-            if normalize:
-                leaves["advantages"] = _normalized(leaves["advantages"])
-            yield RolloutBatch(
-                observations=unflatten("observations", leaves),
-                actions=unflatten("actions", leaves),
-                **{name: leaves[name] for name in _SCALARS},
-            )
-
-
-def _normalized(advantages: torch.Tensor) -> torch.Tensor:
-    # float64: the rounding of a float32 mean, divided by the std of equal advantages, would be of the order of 1.
-    centred = advantages.double() - advantages.double().mean()
-    if len(centred) > 1:
-        centred /= centred.std() + _STD_EPSILON
-    return centred.to(advantages.dtype)

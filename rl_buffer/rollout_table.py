@@ -91,6 +91,10 @@ class RolloutTableState:
             self._num_begun += 1
         return rows
 
+    def num_insertable(self, num_fragments: int) -> int:
+        """How many of `num_fragments` may be committed now: all."""
+        return num_fragments
+
     def release(self, rows: Rows) -> None:
         """Take back fragments that will never be finished."""
         for row in rows.tolist():

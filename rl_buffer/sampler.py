@@ -25,7 +25,7 @@ from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefu
 from rl_buffer.frames import Credit
 from rl_buffer.gather import Gatherer
 from rl_buffer.importance import importance_weights, require_beta
-from rl_buffer.samplers import Prioritized
+from rl_buffer.samplers import Prioritized, require_masses
 from rl_buffer.storage import Segment
 from rl_buffer.tables import ReplayTable, Sample
 
@@ -133,18 +133,16 @@ class ReplaySampler:
         if batch.indices is None or batch.generations is None:
             raise InvalidInput(f"table {self._name!r} is sampled uniformly and has no priorities to update")
         errors = as_td_errors(self._table, batch, len(batch.indices), td_errors)
+        # Here and not by a refusal, with which it would not be known whether a credit was lost.
+        require_masses(self._table.sampler, errors)
         wanted = max(0, self._prefetch - self._outstanding)
         self._send_credit(wanted, batch.indices.numpy(), batch.generations.numpy(), errors)
 
     def close(self) -> None:
         """Stop the stream. Twice is fine."""
-        if self._closed:
-            return
-        self._closed = True
-        try:
-            self._call(messages.CloseChannel(self._channel.number))
-        finally:
-            self._channel.close()
+        if not self._closed:
+            self._closed = True
+            self._channel.leave(self._call)
 
     def __enter__(self) -> "ReplaySampler":
         return self

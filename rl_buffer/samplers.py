@@ -163,8 +163,6 @@ class PrioritizedSampler:
     def __init__(self, config: Prioritized, tree: SumTree) -> None:
         self._config = config
         self._tree = tree
-        # The magnitude that _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float.
-        self._largest_magnitude = _LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0))
 
     @property
     def num_items(self) -> int:
@@ -225,15 +223,29 @@ class PrioritizedSampler:
         return self._tree.get(rows)
 
     def _masses(self, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
-        magnitudes = np.abs(td_errors) + self._config.epsilon
-        # Also False for NaN, which max() hands on.
-        if not magnitudes.max(initial=0.0) <= self._largest_magnitude:
-            position = int(np.flatnonzero(~(magnitudes <= self._largest_magnitude))[0])
-            raise InvalidInput(
-                f"TD error {td_errors[position]} at position {position}; expected a finite number of at most "
-                f"{self._largest_magnitude:.3g} at alpha {self._config.alpha}"
-            )
+        magnitudes = require_masses(self._config, td_errors)
         return np.maximum(magnitudes**self._config.alpha, _SMALLEST_MASS)
+
+
+def require_masses(config: Uniform | Prioritized, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
+    """|TD error| + epsilon, [N] float64, if each has a mass that no sum over a table overflows of.
+
+    Raises:
+        InvalidInput: one is not finite or too large for alpha, or the sampler has no priorities.
+    """
+    if not isinstance(config, Prioritized):
+        raise InvalidInput("a uniform table has no priorities to update; give it sampler=Prioritized()")
+    # The magnitude that _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float.
+    largest = _LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0))
+    magnitudes: NDArray[np.float64] = np.abs(td_errors) + config.epsilon
+    # Also False for NaN, which max() hands on.
+    if not magnitudes.max(initial=0.0) <= largest:
+        position = int(np.flatnonzero(~(magnitudes <= largest))[0])
+        raise InvalidInput(
+            f"TD error {td_errors[position]} at position {position}; expected a finite number of at most "
+            f"{largest:.3g} at alpha {config.alpha}"
+        )
+    return magnitudes
 
 
 def _check_drawable(num_draws: int, num_items: int) -> None:

@@ -12,7 +12,12 @@ if TYPE_CHECKING:
 
 
 class ServedReplayBuffer:
-    """`add`, `get`, `update_priorities` and `len` of one table. Made by `client.replay_buffer`."""
+    """A served table with the methods of the in-process buffers. Made by `client.replay_buffer`.
+
+    What differs, because others write and sample too: `len()` counts transitions of all environments; `get` on too few
+    waits for the table's rate limiter until `timeout_s`; a batch may be larger than the contents; `update_priorities`
+    takes batches only; saving is the server's.
+    """
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ from rl_buffer import errors
 from rl_buffer.address import Address, fresh_address
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, ServerLost
 from rl_buffer.messages import ServerConfig, ServerStatus
-from rl_buffer.tables import ReplayTable, StatsConfig
+from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
@@ -40,7 +40,7 @@ class BufferServer:
 
     def __init__(
         self,
-        tables: Mapping[str, ReplayTable],
+        tables: Mapping[str, ReplayTable | RolloutTable],
         address: str | None = None,
         *,
         stats_window: int = 100,

@@ -24,10 +24,19 @@ from rl_buffer.frames import Batch, Grant
 from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.parameter_slots import ParameterSlots
 from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_info import describe_session, describe_table
-from rl_buffer.sessions import NO_ROWS, PendingCommit, SamplerChannel, ServedTable, Session, WriterChannel
+from rl_buffer.sessions import (
+    NO_ROWS,
+    PendingCommit,
+    ReaderChannel,
+    SamplerChannel,
+    ServedTable,
+    Session,
+    WriterChannel,
+)
 from rl_buffer.stats_tracker import StatsTracker
-from rl_buffer.tables import StatsConfig
+from rl_buffer.tables import Sample, StatsConfig
 
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
@@ -41,7 +50,7 @@ Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
 class ServerCore:
     """All tables, sessions and parameter sets of one server epoch."""
 
-    def __init__(self, epoch: int, tables: dict[str, ReplayTableState], stats: StatsConfig) -> None:
+    def __init__(self, epoch: int, tables: dict[str, ReplayTableState | RolloutTableState], stats: StatsConfig) -> None:
         self.epoch = epoch
         self.tables = {name: ServedTable(name, state) for name, state in tables.items()}
         self.stats = StatsTracker(1, stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys)
@@ -69,10 +78,10 @@ class ServerCore:
             self.sessions[token].connected = False
 
     def has_leases(self, token: bytes) -> bool:
-        """Whether the client's process may still be writing: into a writer's rows or a parameter slot."""
+        """Whether the client's process may still write into rows or a parameter slot, or read a rollout."""
         session = self.sessions.get(token)
         return session is not None and (
-            any(isinstance(channel, WriterChannel) for channel in session.channels.values())
+            any(isinstance(channel, WriterChannel | ReaderChannel) for channel in session.channels.values())
             or any(slots.is_held_by(token) for slots in self.parameters.values())
         )
 
@@ -88,11 +97,15 @@ class ServerCore:
             slots.release(token)
         return [message for table in touched.values() for message in self._advance(table)]
 
-    def _drop(self, channel: WriterChannel | SamplerChannel) -> None:
+    def _drop(self, channel: WriterChannel | SamplerChannel | ReaderChannel) -> None:
         table = channel.table
         del channel.session.channels[channel.channel_id]
         if isinstance(channel, SamplerChannel):
             table.samplers.remove(channel)
+            return
+        if isinstance(channel, ReaderChannel):
+            table.readers.remove(channel)
+            table.rollouts.give_back(np.array(sorted(channel.rows), np.int64))
             return
         table.pending = deque(pending for pending in table.pending if pending.writer is not channel)
         channel.num_rows_pending = 0
@@ -104,7 +117,7 @@ class ServerCore:
         writer.rows, unused = writer.rows[: writer.num_rows_pending], writer.rows[writer.num_rows_pending :]
         writer.table.state.release(unused)
 
-    def _close(self, channel: WriterChannel | SamplerChannel) -> Outgoing:
+    def _close(self, channel: WriterChannel | SamplerChannel | ReaderChannel) -> Outgoing:
         if isinstance(channel, WriterChannel) and channel.num_rows_pending:
             channel.closing = True  # what it committed is published first
             self._release_uncommitted(channel)
@@ -155,7 +168,7 @@ class ServerCore:
         if commit.num_wanted > commit.num_rows:  # so that it never holds more than it asked for at first
             raise InvalidInput(f"commit of {commit.num_rows} rows wants {commit.num_wanted}, more than it gives back")
         if commit.td_errors is not None:
-            writer.table.state.check_td_errors(commit.td_errors)
+            writer.table.replay.check_td_errors(commit.td_errors)
         self.stats.record(commit.episodes)  # last check: it refuses bad episodes before it changes anything
         writer.sequence_received = commit.sequence
         writer.num_rows_pending += commit.num_rows
@@ -165,17 +178,31 @@ class ServerCore:
 
     def _credit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
         sampler = session.channels.get(channel_id)
-        if not isinstance(sampler, SamplerChannel):
-            raise InvalidInput("credit on a channel that is not a sampler")
         credit = frames.decode_credit(frame)
         self._check_epoch(credit.epoch)
+        if isinstance(sampler, ReaderChannel):
+            return self._read(sampler, credit)
+        if not isinstance(sampler, SamplerChannel):
+            raise InvalidInput("credit on a channel that is not a sampler")
         if sampler.num_credits + credit.num_credits > MAX_CREDITS:
             raise InvalidInput(f"{sampler.num_credits} + {credit.num_credits} credits exceed the limit {MAX_CREDITS}")
         if len(credit.rows):
-            sampler.table.state.update_priorities(credit.rows, credit.generations, credit.td_errors)
+            sampler.table.replay.update_priorities(credit.rows, credit.generations, credit.td_errors)
         sampler.num_credits += credit.num_credits
         sampler.table.num_overtaken += credit.num_overtaken
         return self._advance(sampler.table)
+
+    def _read(self, reader: ReaderChannel, credit: frames.Credit) -> Outgoing:
+        """Free the fragments that were read, and note how many more are wanted."""
+        rows, num_fragments = credit.rows, reader.table.rollouts.config.num_fragments
+        if reader.num_credits + credit.num_credits > num_fragments:
+            raise InvalidInput(f"{reader.num_credits} + {credit.num_credits} credits exceed {num_fragments} fragments")
+        if not reader.rows.issuperset(rows.tolist()):
+            raise InvalidInput(f"fragments {rows.tolist()} are not all held by this reader, which has {reader.rows}")
+        reader.table.rollouts.finish(rows)
+        reader.rows.difference_update(rows.tolist())
+        reader.num_credits += credit.num_credits
+        return self._advance(reader.table)
 
     def _check_epoch(self, epoch: int) -> None:
         if epoch != self.epoch:
@@ -198,7 +225,8 @@ class ServerCore:
     def _advance(self, table: ServedTable) -> Outgoing:
         """Let everybody go on who can: commits, then reservations, then batches, until nothing moves."""
         outgoing: Outgoing = []
-        while self._publish_pending(table, outgoing) or self._grant_batch(table, outgoing):
+        grant = self._grant_fragments if isinstance(table.state, RolloutTableState) else self._grant_batch
+        while self._publish_pending(table, outgoing) or grant(table, outgoing):
             pass
         self._grant_rows(table, outgoing)
         return outgoing
@@ -208,7 +236,7 @@ class ServerCore:
         while table.pending:
             pending = table.pending[0]
             num_left = pending.commit.num_rows - pending.num_published
-            num_passing = table.state.limiter.num_insertable(num_left)
+            num_passing = table.state.num_insertable(num_left)
             if num_passing:
                 self._publish(pending, num_passing)
                 moved = True
@@ -224,7 +252,11 @@ class ServerCore:
         first, pending.num_published = pending.num_published, pending.num_published + num_rows
         if td_errors is not None:
             td_errors = td_errors[first : pending.num_published]
-        writer.table.state.commit(rows, td_errors)
+        state = writer.table.state
+        if isinstance(state, RolloutTableState):
+            state.commit(rows, pending.commit.parameter_version)
+        else:
+            state.commit(rows, td_errors)
         writer.num_rows_pending -= num_rows
         writer.num_inserts += num_rows
 
@@ -248,10 +280,10 @@ class ServerCore:
 
     def _take_rows(self, writer: WriterChannel) -> Rows:
         """Rows for the writer at the head of the queue, or none while there are too few for all that it wants."""
-        allocator = writer.table.state.allocator
-        if writer.num_wanted > allocator.num_reservable:
+        state = writer.table.state
+        if writer.num_wanted > state.num_reservable:
             return NO_ROWS
-        rows = allocator.reserve(writer.num_wanted)
+        rows = state.reserve(writer.num_wanted)
         writer.rows = np.concatenate((writer.rows, rows))
         writer.num_wanted = 0
         writer.table.wanting.popleft()
@@ -266,7 +298,7 @@ class ServerCore:
             outgoing.append((writer.channel_id, Grant(self.epoch, writer.sequence_committed, rows).encode()))
 
     def _grant_batch(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        state = table.state
+        state = table.replay
         # Nobody overtakes it, even with a smaller batch: one who took every sample at once would starve it.
         sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
         if sampler is None or not len(state) or not state.limiter.can_sample(sampler.batch_size):
@@ -277,6 +309,25 @@ class ServerCore:
         table.samplers.remove(sampler)
         table.samplers.append(sampler)
         outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
+        return True
+
+    def _grant_fragments(self, table: ServedTable, outgoing: Outgoing) -> bool:
+        reader = next((reader for reader in table.readers if reader.num_credits), None)
+        if reader is None:
+            return False
+        parameters = self.parameters.get(table.rollouts.config.parameters)
+        newest_version = 0 if parameters is None else parameters.version
+        leased = table.rollouts.lease(reader.num_credits, newest_version)
+        if not leased:
+            return False
+        rows = np.array([fragment.row for fragment in leased])
+        reader.rows.update(rows.tolist())
+        reader.num_credits -= len(rows)
+        reader.num_samples += len(rows)
+        table.readers.rotate(-1)
+        nothing = np.zeros(len(rows))
+        sample = Sample(rows, nothing.astype(np.int64), nothing, 0.0, len(table.rollouts))
+        outgoing.append((reader.channel_id, Batch(self.epoch, len(rows), sample).encode()))
         return True
 
     # ---- control requests ----------------------------------------------------------------------------------
@@ -298,18 +349,7 @@ class ServerCore:
                 channel=number, table=name, max_commit_rows=max_commit_rows, num_wanted=num_wanted
             ):
                 table, channel_id = self._table(name), self._new_channel(session, number)
-                headroom = table.state.allocator.headroom
-                if not 1 <= max_commit_rows <= num_wanted <= headroom:
-                    raise InvalidInput(
-                        f"a writer of table {name!r} wants to hold {num_wanted} rows, but its headroom is "
-                        f"{headroom}; lower chunk_size or num_envs, or raise ReplayTable(headroom=)"
-                    )
-                limit = min(table.state.config.capacity, frames.MAX_ROWS_PER_MESSAGE // 2)
-                if max_commit_rows > limit or num_wanted > frames.MAX_ROWS_PER_MESSAGE:
-                    raise InvalidInput(
-                        f"a writer of table {name!r} commits up to {max_commit_rows} rows at once, more than the "
-                        f"limit of {limit}; lower chunk_size or num_envs"
-                    )
+                _check_writer(table, max_commit_rows, num_wanted)
                 writer = WriterChannel(channel_id, session, table, max_commit_rows)
                 session.channels[channel_id] = writer
                 self._want(writer, num_wanted)
@@ -321,9 +361,16 @@ class ServerCore:
                 limit = frames.MAX_ROWS_PER_MESSAGE * 15 // 16  # leaves room for the spares
                 if not 1 <= batch_size <= limit:
                     raise InvalidInput(f"batch_size must be in [1, {limit}], got {batch_size}")
-                table.state.limiter.check_sample_possible(batch_size)
+                table.replay.limiter.check_sample_possible(batch_size)
                 session.channels[channel_id] = sampler
                 table.samplers.append(sampler)
+                return messages.Opened()
+            case messages.OpenReader(channel=number, table=name):
+                table, channel_id = self._table(name), self._new_channel(session, number)
+                _ = table.rollouts
+                reader = ReaderChannel(channel_id, session, table)
+                session.channels[channel_id] = reader
+                table.readers.append(reader)
                 return messages.Opened()
             case messages.CloseChannel(channel=number):
                 channel = session.channels.get(_channel_id(session, number))
@@ -370,3 +417,23 @@ def _channel_id(session: Session, number: int) -> bytes:
     if not 0 <= number < 2**32:
         raise InvalidInput(f"channel must be in [0, 2^32), got {number}")
     return session.token + number.to_bytes(4, "little")
+
+
+def _check_writer(table: ServedTable, max_commit_rows: int, num_wanted: int) -> None:
+    """Refuse a writer whose chunks could never be taken."""
+    if isinstance(table.state, RolloutTableState):
+        if (max_commit_rows, num_wanted) != (1, 1):
+            raise InvalidInput(f"table {table.name!r} holds rollouts, which are written one by one")
+        return
+    headroom = table.state.allocator.headroom
+    if not 1 <= max_commit_rows <= num_wanted <= headroom:
+        raise InvalidInput(
+            f"a writer of table {table.name!r} wants to hold {num_wanted} rows, but its headroom is {headroom}; lower "
+            "chunk_size or num_envs, or raise ReplayTable(headroom=)"
+        )
+    limit = min(table.state.config.capacity, frames.MAX_ROWS_PER_MESSAGE // 2)
+    if max_commit_rows > limit or num_wanted > frames.MAX_ROWS_PER_MESSAGE:
+        raise InvalidInput(
+            f"a writer of table {table.name!r} commits up to {max_commit_rows} rows at once, more than the limit of "
+            f"{limit}; lower chunk_size or num_envs"
+        )

@@ -2,11 +2,14 @@
 
 from typing import Any
 
-from rl_buffer.sessions import SamplerChannel, ServedTable, Session, WriterChannel
+from rl_buffer.rollout_table import RolloutTableState
+from rl_buffer.sessions import ReaderChannel, SamplerChannel, ServedTable, Session, WriterChannel
 
 
 def describe_table(table: ServedTable) -> dict[str, Any]:
     """Contents, counters, and a sentence for whoever is first in each queue."""
+    if isinstance(table.state, RolloutTableState):
+        return _describe_rollouts(table, table.state)
     state = table.state
     waiting = [sampler for sampler in table.samplers if sampler.num_credits]
     waits = []
@@ -34,10 +37,34 @@ def describe_table(table: ServedTable) -> dict[str, Any]:
     }
 
 
+def _describe_rollouts(table: ServedTable, state: RolloutTableState) -> dict[str, Any]:
+    waits = []
+    if table.wanting:
+        waits.append(
+            f"{table.wanting[0].session.name}: waits for a fragment, {state.num_writing} are being written, "
+            f"{len(state)} are finished and {state.num_reading} are being read, of {state.config.num_fragments}"
+        )
+    waits += [
+        f"{reader.session.name}: waits for {reader.num_credits} fragments, {state.num_writing} are being written"
+        for reader in table.readers
+        if reader.num_credits
+    ]
+    return {
+        "size": len(state),
+        "capacity": state.config.num_fragments,
+        "inserts": state.num_commits,
+        "samples": state.num_handed_out,
+        "deletes": state.num_dropped,
+        "reserved_rows": state.num_writing,
+        "reading": state.num_reading,
+        "waits": waits,
+    }
+
+
 def describe_session(session: Session, now_s: float) -> dict[str, Any]:
     """One client and the sums over its writers and samplers."""
     writers = [c for c in session.channels.values() if isinstance(c, WriterChannel)]
-    samplers = [c for c in session.channels.values() if isinstance(c, SamplerChannel)]
+    samplers = [c for c in session.channels.values() if isinstance(c, SamplerChannel | ReaderChannel)]
     return {
         "name": session.name,
         "pid": session.pid,

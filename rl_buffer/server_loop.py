@@ -27,10 +27,11 @@ from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.parameter_slots import BOARD_LENGTH, NUM_SLOTS, ParameterSlots
 from rl_buffer.peers import peer_process, readable
 from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_core import Outgoing, ServerCore
 from rl_buffer.spec import Field, RowLayout
 from rl_buffer.storage import OwnedSegment, check_memory
-from rl_buffer.tables import ReplayTable
+from rl_buffer.tables import ReplayTable, RolloutTable
 
 MAX_PARAMETER_SETS = 64
 _MESSAGES_PER_TURN = 256  # then attaching clients and exits get their turn
@@ -44,7 +45,7 @@ class _Stop(BaseException):
 
 @dataclass(slots=True)
 class _TableMemory:
-    config: ReplayTable
+    config: ReplayTable | RolloutTable
     rows: OwnedSegment
     generations: OwnedSegment
 
@@ -74,10 +75,7 @@ class ServerLoop:
         try:
             self._config = config
             self._memory = _reserve_tables(config.tables)
-            states = {
-                name: ReplayTableState(memory.config, memory.generations.array("int64"))
-                for name, memory in self._memory.items()
-            }
+            states = {name: _new_state(memory) for name, memory in self._memory.items()}
             epoch = secrets.randbits(63) | 1
             self._core = ServerCore(epoch, states, config.stats)
             self._parameters: dict[str, _ParameterMemory] = {}
@@ -277,7 +275,13 @@ class ServerLoop:
         self._core.parameters[name] = ParameterSlots(board.array("int64"))
 
 
-def _reserve_tables(tables: dict[str, ReplayTable]) -> dict[str, _TableMemory]:
+def _new_state(memory: _TableMemory) -> ReplayTableState | RolloutTableState:
+    if isinstance(memory.config, RolloutTable):
+        return RolloutTableState(memory.config)
+    return ReplayTableState(memory.config, memory.generations.array("int64"))
+
+
+def _reserve_tables(tables: dict[str, ReplayTable | RolloutTable]) -> dict[str, _TableMemory]:
     total = sum(table.rows_nbytes + table.num_rows * _INT64_NBYTES for table in tables.values())
     # Masses, their sums and the queues of the bookkeeping: about 5 words a row, ordinary memory.
     check_memory(total + sum(table.num_rows * 5 * _INT64_NBYTES for table in tables.values()))

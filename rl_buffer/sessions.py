@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rl_buffer.allocator import Rows
+from rl_buffer.errors import InvalidInput
 from rl_buffer.frames import Commit
 from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.rollout_table import RolloutTableState
 
 NO_ROWS = np.empty(0, np.int64)
 
@@ -21,7 +23,7 @@ class Session:
     pid: int
     attached_at_s: float
     connected: bool = True
-    channels: "dict[bytes, WriterChannel | SamplerChannel]" = field(default_factory=dict)
+    channels: "dict[bytes, WriterChannel | SamplerChannel | ReaderChannel]" = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +62,18 @@ class SamplerChannel:
 
 
 @dataclass(slots=True, eq=False)
+class ReaderChannel:
+    """A reader of rollouts: leave to send it `num_credits` more fragments, and those that it holds."""
+
+    channel_id: bytes
+    session: Session
+    table: "ServedTable"
+    num_credits: int = 0
+    rows: set[int] = field(default_factory=set)
+    num_samples: int = 0  # fragments
+
+
+@dataclass(slots=True, eq=False)
 class PendingCommit:
     """A commit that the limiter lets pass only in part, or not yet."""
 
@@ -71,10 +85,33 @@ class PendingCommit:
 class ServedTable:
     """A table with those who wait for it. All queues are first come, first served."""
 
-    def __init__(self, name: str, state: ReplayTableState) -> None:
+    def __init__(self, name: str, state: ReplayTableState | RolloutTableState) -> None:
         self.name = name
         self.state = state
         self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
         self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
         self.samplers: deque[SamplerChannel] = deque()  # the one whose last batch is longest ago comes first
+        self.readers: deque[ReaderChannel] = deque()
         self.num_overtaken = 0
+
+    @property
+    def replay(self) -> ReplayTableState:
+        """The state of a replay table.
+
+        Raises:
+            InvalidInput: this one holds rollouts.
+        """
+        if not isinstance(self.state, ReplayTableState):
+            raise InvalidInput(f"table {self.name!r} holds rollouts; use client.rollout_writer and client.rollouts")
+        return self.state
+
+    @property
+    def rollouts(self) -> RolloutTableState:
+        """The state of a rollout table.
+
+        Raises:
+            InvalidInput: this one holds transitions.
+        """
+        if not isinstance(self.state, RolloutTableState):
+            raise InvalidInput(f"table {self.name!r} holds transitions; use client.writer and client.sampler")
+        return self.state

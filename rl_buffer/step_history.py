@@ -7,6 +7,7 @@ Items are n-step transitions (`transition_history`) or sequences (`sequence_hist
 steps later. Knows tables and autoreset modes, but neither rows' numbers nor servers. No torch.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -21,6 +22,7 @@ from rl_buffer.samplers import Prioritized
 from rl_buffer.spec import leaves_below
 from rl_buffer.tables import ReplayTable
 
+_LOG = logging.getLogger("rl_buffer")
 _UNKNOWN = np.nan
 _STAGED = ("observations", "next_observations", "actions", "extras", "recurrent_states")
 
@@ -73,6 +75,11 @@ class StepHistory(ABC, Generic[Items]):
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [*self._leaves.values(), *arrays]
         self._previous_ended = np.zeros(num_envs, np.bool_)
+        # Of the last ends, in the first leaf of the observation: to notice that environments reset in another way.
+        first_leaf = next(iter(self._next_obs.values()))
+        self._final_obs = np.zeros_like(first_leaf[0])
+        self._final_moved = np.zeros(num_envs, np.bool_)
+        self._checks_resets = autoreset in (None, "next_step")
         self._any_values = False  # whether any step came with values or a priority; such a table computes priorities
 
     @property
@@ -117,13 +124,17 @@ class StepHistory(ABC, Generic[Items]):
             terminateds = flags & ~truncateds
         else:
             terminateds = as_flags("terminated", terminated, self._num_envs)
+            truncateds = truncateds | (flags & ~terminateds)  # what ended and did not terminate
         self._stage_values(priority, q_taken, state_value, final_value)
         ended = flags | truncateds | terminateds
         if final_value is not None:  # perhaps given for all environments: elsewhere it is not the value that is meant
             self._final_values[step][~ended] = _UNKNOWN
         if self._autoreset == "same_step":
             self._stage_final_observations(ended, infos)
-        if self._autoreset != "next_step" or not np.count_nonzero(self._previous_ended):
+        any_ended = np.count_nonzero(self._previous_ended)
+        if any_ended and self._checks_resets:
+            self._check_resets(rewards)
+        if self._autoreset != "next_step" or not any_ended:
             return StagedStep(rewards, ended, terminateds, truncateds, None)
         dummy = self._previous_ended
         rewards[dummy] = 0.0
@@ -138,7 +149,32 @@ class StepHistory(ABC, Generic[Items]):
         self._dummy[step] = False if staged.dummy is None else staged.dummy
         self._startable[step] = True if staged.dummy is None else ~staged.dummy
         self._previous_ended = staged.ended
+        if self._checks_resets and np.count_nonzero(staged.ended):
+            obs, next_obs = next(iter(self._obs.values()))[step], next(iter(self._next_obs.values()))[step]
+            self._final_obs[...] = next_obs
+            self._final_moved[...] = _differs(obs, next_obs)
         self.num_steps += 1
+
+    def _check_resets(self, rewards: NDArray[np.float64]) -> None:
+        """Say, once, that a step after an end does not look like `autoreset`: rows would be wrong or missing."""
+        goes_on = ~_differs(next(iter(self._obs.values()))[self.num_steps], self._final_obs)
+        if self._autoreset is None:
+            suspicious = self._previous_ended & goes_on & self._final_moved & (rewards == 0)
+            what = (
+                "the step after its end begins at the final observation and has reward 0: a dummy step of environments "
+                "that reset in next_step mode, stored as a real one. Pass autoreset='next_step', or what "
+                "envs.metadata['autoreset_mode'] says"
+            )
+        else:
+            suspicious = self._previous_ended & ~goes_on
+            what = (
+                "the step after its end is left out as a dummy of next_step mode, but does not begin at the final "
+                "observation. If you reset environments by hand, pass autoreset=None or call on_reset()"
+            )
+        if np.count_nonzero(suspicious):
+            self._checks_resets = False
+            # Logged: it is a guess, and must not end a run where warnings are errors.
+            _LOG.warning("environment %d: %s", suspicious.argmax(), what)
 
     def cut(self, mask: NDArray[np.bool_]) -> None:
         """Environments in `mask` [E] were reset by hand: their next step is a real one and joins nothing before."""
@@ -251,3 +287,9 @@ class StepHistory(ABC, Generic[Items]):
                 final = as_numpy(final_observation(infos, env, path))
                 # With the ellipsis also an observation of shape () is a view.
                 copy_array(f"infos['final_obs'][{env}]", leaf[self.num_steps, env, ...], final)
+
+
+def _differs(obs: NDArray[Any], other: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where [E] observations [E, *shape] differ."""
+    differs: NDArray[np.bool_] = (obs != other).reshape(len(obs), -1).any(axis=1)
+    return differs

@@ -30,7 +30,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-class ReplayTable(msgspec.Struct, frozen=True):
+class ReplayTable(msgspec.Struct, frozen=True, tag=True):
     """A ring of transitions, or of sequences of steps.
 
     A sequence is an item of T = burn_in + sequence_length + n_step steps of one episode (Kapturowski et al. 2019,
@@ -80,6 +80,7 @@ class ReplayTable(msgspec.Struct, frozen=True):
             ("capacity", 1, _MAX_ROWS),
             ("n_step", 1, 1024),
             ("gamma", 0.0, 1.0),
+            ("seed", 0, 2**63 - 1),
             ("sequence_length", 1, _MAX_SEQUENCE_STEPS),
             ("burn_in", 0, _MAX_SEQUENCE_STEPS if self.sequence_length else 0),
             ("overlap", 0, longest_overlap),
@@ -128,7 +129,7 @@ class ReplayTable(msgspec.Struct, frozen=True):
         return self.num_rows * self.layout.stride_nbytes
 
 
-class RolloutTable(msgspec.Struct, frozen=True):
+class RolloutTable(msgspec.Struct, frozen=True, tag=True):
     """Rollout fragments [num_steps, num_envs] on their way from the actors to a learner, each handed out once.
 
     Lag is counted in published versions of `parameters`: the newest at hand-out, less the oldest that a step of the

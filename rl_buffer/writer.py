@@ -114,10 +114,7 @@ class ReplayWriter(ReplayInput):
 
     def _leave(self) -> None:
         self._closed = True
-        try:
-            self._call(messages.CloseChannel(self._channel.number))
-        finally:
-            self._channel.close()
+        self._channel.leave(self._call)
 
     def _finish(self, timeout_s: float | None, *, close: bool) -> None:
         if self._closed:

@@ -199,3 +199,21 @@ def serve_and_wait(pipe, address, tables):
         signal.pause()
     pipe.send((server.pid, forked))
     signal.pause()
+
+
+def hold_rollouts(address, pipe, table, num_fragments):
+    """Take fragments and keep them until killed."""
+    reader = rb.connect(address).rollouts(table)
+    rollouts = reader.take(num_fragments, timeout_s=30.0)
+    pipe.send(rollouts.num_fragments)
+    time.sleep(600)
+
+
+def hold_fragment(address, pipe, table, num_envs):
+    """Begin a fragment, write one step, and keep it until killed."""
+    writer = rb.connect(address).rollout_writer(table, autoreset=None)
+    writer.begin(timeout_s=30.0)
+    zeros = [0.0] * num_envs
+    writer.add(np.zeros((num_envs, 3)), [0] * num_envs, zeros, [False] * num_envs, zeros, zeros)
+    pipe.send("holding")
+    time.sleep(600)

@@ -56,7 +56,8 @@ TABLES = {
     "prioritized": table(sampler=PRIORITIZED),
     "prioritized n3": table(sampler=PRIORITIZED, n_step=3),
     "small": table(capacity=12),
-    "small prioritized": table(capacity=12, sampler=PRIORITIZED),
+    # Of few rows, so that they soon hold other transitions.
+    "small prioritized": table(capacity=12, sampler=PRIORITIZED, headroom=32),
     "small n3": table(capacity=12, n_step=3),
     "dict": table(DICT_SPEC),
     "images": table(IMAGES),
@@ -321,7 +322,7 @@ def test_a_uniform_batch_has_neither_weights_nor_indices(implementation):
         ((False, True, None), (False, True)),
         ((True, True, True), (True, True)),
         ((False, False, True), (True, False)),
-        ((True, False, False), (False, False)),
+        ((True, False, False), (False, True)),  # it ended, and did not terminate
     ],
 )
 @pytest.mark.parametrize("as_type", [bool, float, torch.tensor], ids=["bool", "float", "tensor"])
@@ -598,6 +599,41 @@ def test_a_batch_that_is_kept_never_changes(implementation):
     assert all(map(torch.equal, map(torch.as_tensor, views), view_copies))
 
 
+@pytest.mark.parametrize(
+    "derive",
+    [
+        lambda tensor: tensor,
+        lambda tensor: tensor[2:5],
+        lambda tensor: tensor.detach().unsqueeze(0),
+        lambda tensor: tensor.numpy()[1:],
+        lambda tensor: memoryview(tensor.numpy()),
+    ],
+    ids=["itself", "slice", "view", "NumPy", "memoryview"],
+)
+def test_one_field_that_is_kept_never_changes(implementation, derive):
+    buffer = implementation.make("small n3")
+    rng = np.random.default_rng(0)
+
+    def fill():
+        flags = {name: rng.random(12) < 0.5 for name in ("terminateds", "truncateds")}
+        numbers = {"n_steps": rng.integers(1, 4, 12), "discounts": rng.random(12), "rewards": rng.random(12)}
+        numbers |= {"observations": rng.random((12, 3)), "next_observations": rng.random((12, 3))}
+        buffer.extend(transitions(12, dones=None, **flags, **numbers, actions=rng.integers(10**6, size=12)))
+
+    fill()
+    names = ("observations", "next_observations", "actions", "rewards", "discounts", "n_steps", "dones", "truncateds")
+    for name in (*names, "terminateds"):
+        kept = derive(getattr(buffer.get(12), name))
+        copied = np.array(kept if isinstance(kept, memoryview) else torch.as_tensor(kept).numpy())
+        held = []  # so that none of them frees its memory for the next
+        for _ in range(4):
+            fill()
+            held.append(buffer.get(12))
+        now = np.asarray(kept) if isinstance(kept, memoryview) else torch.as_tensor(kept).numpy()
+        assert np.array_equal(now, copied), name
+        del kept, now, held
+
+
 def fields(batch):
     return [batch.observations, batch.actions, batch.rewards, batch.next_observations, batch.discounts]
 
@@ -728,10 +764,12 @@ def test_updates_of_overwritten_transitions_are_dropped_and_counted(implementati
     updated = set(batch.actions.tolist()) - set(range(6))
     masses = masses_by_action(buffer, 12)
     assert {action for action, share in masses.items() if share > 0.99} == updated
-    add(buffer, range(18, 42))
-    assert implementation.num_transitions(buffer) == 12
-    buffer.update_priorities(batch, np.full(12, 1e6))
-    assert implementation.num_stale_updates(buffer) - before == overwritten + 12
+    for lap in range(1, 10):
+        add(buffer, range(12 * lap + 6, 12 * lap + 18))
+        assert implementation.num_transitions(buffer) == 12
+        buffer.update_priorities(batch, np.full(12, 1e6))  # in some lap the batch's own rows are live again
+        assert implementation.num_stale_updates(buffer) - before == overwritten + 12 * lap
+        assert len(set(masses_by_action(buffer, 12).values())) == 1
 
 
 def test_a_batch_can_be_updated_after_batches_of_another_size(implementation):

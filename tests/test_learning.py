@@ -85,23 +85,24 @@ def uniform_updates():
     return median_updates(rb.ReplayBuffer)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        # As in section 3.3 of the paper: fully proportional, no importance weights yet. Took 9.1 k of 121 k updates.
-        {"alpha": 1.0, "beta": 0.0},
-        # The defaults: 26 k. (With full correction, beta = 1, rare transitions hardly move a value: above 200 k.)
-        {"alpha": 0.6, "beta": 0.4},
-    ],
-    ids=str,
-)
-def test_prioritized_replay_walks_the_cliff_with_a_quarter_of_the_updates_of_uniform(uniform_updates, options):
+# Medians of seeds 0-4: uniform 121 k updates, of seeds 0-9 from 92 k to 171 k.
+
+
+def test_prioritized_replay_walks_the_cliff_with_a_quarter_of_the_updates_of_uniform(uniform_updates):
+    # As in section 3.3 of the paper: fully proportional, no importance weights yet. 9.1 k, all seeds below 9.4 k; it
+    # takes 8.2 k to see each transition once.
     assert uniform_updates < MAX_UPDATES
-    assert median_updates(rb.PrioritizedReplayBuffer, **options) <= uniform_updates / 4
+    assert median_updates(rb.PrioritizedReplayBuffer, alpha=1.0, beta=0.0) <= uniform_updates / 4
+
+
+def test_the_defaults_walk_the_cliff_with_half_of_the_updates_of_uniform(uniform_updates):
+    # 26 k, all seeds below 27 k: a quarter of the median, but not of every uniform run. (With full correction,
+    # beta = 1, the weights hold the rare transitions back: above 200 k.)
+    assert median_updates(rb.PrioritizedReplayBuffer, alpha=0.6, beta=0.4) <= uniform_updates / 2
 
 
 def test_without_priorities_the_same_buffer_gains_nothing(uniform_updates):
-    # The control of the test above: alpha = 0 draws uniformly, in strata.
+    # The control of the tests above: alpha = 0 draws uniformly, in strata. 107 k.
     assert median_updates(rb.PrioritizedReplayBuffer, alpha=0.0, beta=0.0) > uniform_updates / 2
 
 

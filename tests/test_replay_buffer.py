@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 from collections import deque
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -233,8 +234,10 @@ class BufferMachine(RuleBasedStateMachine):
         num_envs=st.integers(1, 3),
         n_step=st.integers(1, 3),
         autoreset=st.sampled_from([None, "next_step", "disabled"]),
+        chunk_steps=st.sampled_from([2, 7, 64]),  # the fewer, the sooner a row holds another transition
     )
-    def begin(self, buffer_size, num_envs, n_step, autoreset):
+    def begin(self, buffer_size, num_envs, n_step, autoreset, chunk_steps):
+        self.chunk_steps = chunk_steps
         self.options = {
             "buffer_size": buffer_size,
             "num_envs": num_envs,
@@ -243,13 +246,17 @@ class BufferMachine(RuleBasedStateMachine):
             "stats_tracker": StatsTracker(num_envs, window=100_000),
             "prioritized": self.prioritized,
         }
-        self.buffer = make(**self.options)
+        self.buffer = self.make()
         self.model = ListModel(buffer_size * num_envs, num_envs, n_step, autoreset)
         self.new_steps = 0  # since the last time that complete windows went into rows
         self.batches = []  # (batch, its items in the model)
         self.drawn = deque(maxlen=16)  # (rows, items) of which bare indices are remembered
         self.closed = False
         self.num_extended = 0
+
+    def make(self, **options):
+        with mock.patch("rl_buffer.replay_buffer._CHUNK_STEPS", self.chunk_steps):
+            return make(**self.options | options)
 
     def look(self):
         """What every look does: complete windows go into rows."""
@@ -265,7 +272,7 @@ class BufferMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.closed)
     @rule(data=st.data())
     def add_more_than_a_chunk(self, data):
-        self.add_steps(data, 64 + 3)
+        self.add_steps(data, self.chunk_steps + 3)
 
     def add_steps(self, data, num_steps):
         num_envs = self.buffer.num_envs
@@ -283,7 +290,7 @@ class BufferMachine(RuleBasedStateMachine):
             outcome = (rewards, truncated | terminated, obs + [0, 1], truncated, terminated)
             self.buffer.add(obs, [step] * num_envs, *outcome, priority=priorities)
             self.new_steps += 1
-            if self.new_steps == 64:
+            if self.new_steps == self.chunk_steps:
                 self.look()
 
     @precondition(lambda self: not self.closed)
@@ -417,7 +424,7 @@ class BufferMachine(RuleBasedStateMachine):
         self.look()
         path = os.path.join(self.folder, "buffer")
         self.buffer.save(path)
-        old, self.buffer = self.buffer, make(**self.options | {"seed": 99})
+        old, self.buffer = self.buffer, self.make(seed=99)
         self.buffer.load(path)
         self.closed = False
         self.drawn.clear()
@@ -615,6 +622,21 @@ def test_bad_indices_are_refused_and_change_no_priority(indices, message):
     with pytest.raises(rb.InvalidInput, match=message):
         buffer.update_priorities(np.array(indices), [5.0, 5.0])
     assert masses(buffer) == before
+
+
+def test_indices_that_were_drawn_before_a_load_name_what_was_loaded(tmp_path):
+    source, buffer = make(6, prioritized=True), make(6, prioritized=True)
+    add(buffer, range(6))
+    batch = buffer.get(6)
+    for number in range(source.table.num_rows + 6):  # a lap of all rows: the same six hold others at its end
+        add(source, [number])
+        source.flush()
+    source.save(tmp_path / "buffer")
+    buffer.load(tmp_path / "buffer")
+    assert buffer._state.allocator.committed().tolist() == list(range(6))
+    buffer.update_priorities(batch.indices, [1000.0] * 6)
+    assert buffer.num_stale_updates == 0
+    assert max(masses(buffer)) > 100
 
 
 # ---- files ----------------------------------------------------------------------------------------------------
@@ -942,3 +964,54 @@ def test_a_batch_of_a_gpu_can_be_extended_elsewhere():
     batch = on_gpu.get(10)
     on_cpu.extend(batch)
     assert [row[1] for row in stored(on_cpu)] == batch.actions.tolist()
+
+
+# ---- how environments reset -----------------------------------------------------------------------------------
+
+
+def episodes(buffer, *, dummies):
+    """Three episodes of two steps each, with next_step's dummy steps or as a loop that resets by hand."""
+    for episode in range(3):
+        for step in range(2):
+            obs = [episode, step]
+            buffer.add(obs, 0, 1.0, step == 1, [episode, step + 1])
+        if dummies:
+            buffer.add([episode, 2], 0, 0.0, False, [episode + 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("autoreset", "dummies", "message"),
+    [
+        (None, True, "a dummy step of environments that reset in next_step mode, stored as a real one"),
+        ("next_step", False, "left out as a dummy of next_step mode, but does not begin at the final observation"),
+        (None, False, None),
+        ("next_step", True, None),
+    ],
+)
+def test_environments_that_reset_in_another_way_are_noticed_once(caplog, autoreset, dummies, message):
+    episodes(make(autoreset=autoreset), dummies=dummies)
+    said = [record.message for record in caplog.records if record.name == "rl_buffer"]
+    assert len(said) == (message is not None)
+    assert message is None or message in said[0]
+
+
+def test_bfloat16_is_taken_as_the_float_that_it_is():
+    buffer = make()
+    buffer.add(torch.tensor([1.5, 2.0], dtype=torch.bfloat16), 1, 1.0, False, torch.zeros(2))
+    assert buffer.get(1).observations.tolist() == [[1.5, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dones": [1.0], "truncateds": [True]}, "dones and truncateds are both set at 0"),
+        ({"dones": [1.0], "terminateds": [False]}, "dones and terminateds differ"),
+        ({"dones": [1.0], "timeouts": [True]}, "extend does not know timeouts; it takes actions, discounts, dones"),
+    ],
+)
+def test_offline_flags_that_could_mean_two_things_are_refused(changes, message):
+    buffer = make()
+    columns = {"observations": [[0.0, 0.0]], "actions": [0], "rewards": [1.0], "next_observations": [[0.0, 0.0]]}
+    with pytest.raises(rb.InvalidInput, match=message):
+        buffer.extend(columns | changes)
+    assert len(buffer) == 0

@@ -1,0 +1,219 @@
+"""`RolloutReader`: finished fragments of a served table, for one learner.
+
+    credits -> SERVER leases fragments -> copied side by side: one rollout [T, F * E] -> epochs -> release
+
+A learner that dies before `release` gives its fragments back: they are handed out again, to whoever asks next.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rl_buffer import frames, messages
+from rl_buffer.batches import leaf_views
+from rl_buffer.connection import Channel
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
+from rl_buffer.frames import Credit
+from rl_buffer.gae import explained_variance
+from rl_buffer.inputs import as_count
+from rl_buffer.rollout_batches import RolloutBatch, RolloutRows, is_handed_out
+from rl_buffer.storage import Segment
+from rl_buffer.tables import RolloutTable
+
+
+class Rollouts:
+    """Fragments of F writers side by side, ordered by writer: one rollout [T, F * E], as if one process had made it.
+
+    Attributes:
+        writers: [F] int64, who made each fragment.
+        versions: [T, F] int64, the parameter version that each step was made with; 0 before any.
+        version_lag: [T, F] int64, the newest version when they were taken, less `versions`.
+    """
+
+    def __init__(
+        self,
+        fragments: dict[str, NDArray[np.generic]],
+        num_envs: int,
+        newest_version: int,
+        device: torch.device,
+        generator: np.random.Generator,
+        release: Callable[[], None],
+    ) -> None:
+        """Copy the fragments, whose leaves are [F, T, E, *shape], in the order of their writers."""
+        order = np.argsort(fragments["writer"], kind="stable")
+        self.writers = fragments["writer"][order].astype(np.int64)
+        self.versions = fragments["versions"][order].T.astype(np.int64)
+        self.version_lag = newest_version - self.versions
+        self.num_fragments = len(order)
+        # [F, T, E, ...] -> [T, F * E, ...]: a copy, which a GPU needs anyway.
+        self._arrays = {
+            path: np.concatenate(list(leaf[order]), axis=1) for path, leaf in fragments.items() if is_handed_out(path)
+        }
+        mask = self._arrays["mask"]
+        self.num_steps, self.num_envs = len(mask), self.num_fragments * num_envs
+        self._generator = generator
+        leaves = {path: torch.from_numpy(array).flatten(0, 1).to(device) for path, array in self._arrays.items()}
+        self._rows = RolloutRows(leaves, np.flatnonzero(mask), device)
+        self._release = release
+
+    @property
+    def num_transitions(self) -> int:
+        """Steps that happened, of all environments together."""
+        return int(np.count_nonzero(self._arrays["mask"]))
+
+    @property
+    def explained_variance(self) -> float:
+        """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary."""
+        arrays = self._arrays
+        return explained_variance(arrays["values"], arrays["returns"], arrays["mask"])
+
+    def get(
+        self, batch_size: int | None = None, shuffle: bool = True, normalize_advantages: bool = False
+    ) -> Iterator[RolloutBatch]:
+        """Hand out every step that happened exactly once, as `RolloutBuffer.get`."""
+        return self._rows.epoch(batch_size, self._generator if shuffle else None, normalize_advantages)
+
+    def release(self) -> None:
+        """Let the fragments be written again; publish parameters first, so that writers begin with them. Twice is fine.
+
+        The rollout itself is a copy and stays.
+        """
+        self._release()
+
+    def __enter__(self) -> "Rollouts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class RolloutReader:
+    """Takes finished fragments from one table. Made by `client.rollouts`. Not for several threads."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        call: Callable[[messages.Request], messages.Reply],
+        name: str,
+        table: RolloutTable,
+        rows: Segment,
+        *,
+        device: str | torch.device,
+        seed: int | None,
+        timeout_s: float,
+        explain: Callable[[], str],
+        newest_version: Callable[[], int],
+    ) -> None:
+        """Open the channel; nothing is asked for yet."""
+        self.table = table
+        self.timeout_s = timeout_s
+        self._name = name
+        self._channel = channel
+        self._call = call
+        self._explain = explain
+        self._newest_version = newest_version
+        self._device = torch.device(device)
+        self._generator = np.random.default_rng(seed)
+        block = torch.frombuffer(rows.buffer, dtype=torch.int64).view(table.num_rows, -1)
+        self._views = {path: leaf.numpy() for path, leaf in leaf_views(table.layout, block).items()}
+        self._received: list[int] = []  # leased, and not taken yet
+        self._outstanding = 0
+        self._closed = False
+        call(messages.OpenReader(channel.number, name))
+
+    def take(self, num_fragments: int | None = None, timeout_s: float | None = None) -> Rollouts:
+        """Wait for finished fragments and take them.
+
+        Args:
+            num_fragments: exactly so many; None is the table's `fragments_per_update`.
+            timeout_s: deadline in seconds, by default the reader's.
+
+        Raises:
+            DeadlineExceeded: fewer were finished in time; those stay this reader's, for the next call.
+            InvalidInput: more than the table has.
+        """
+        wanted = as_count("num_fragments", self.table.fragments_per_update if num_fragments is None else num_fragments)
+        if wanted > self.table.num_fragments:
+            raise InvalidInput(f"num_fragments is {wanted}, but table {self._name!r} has {self.table.num_fragments}")
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        if not self._receive(wanted, time.monotonic() + timeout_s):
+            raise DeadlineExceeded(
+                f"take from table {self._name!r} waited {timeout_s} s and has {len(self._received)} of {wanted} "
+                f"fragments: {self._explain()}"
+            )
+        return self._hand_out(wanted)
+
+    def take_all(self, within_s: float) -> Rollouts:
+        """Take all fragments that are finished within so many seconds; one at least.
+
+        Raises:
+            DeadlineExceeded: none was.
+        """
+        deadline_s = time.monotonic() + within_s
+        self._receive(self.table.num_fragments, deadline_s)
+        if not self._received:
+            raise DeadlineExceeded(
+                f"no fragment of table {self._name!r} was finished in {within_s} s: {self._explain()}"
+            )
+        return self._hand_out(len(self._received))
+
+    def close(self) -> None:
+        """Give back what is not released, to be handed out again. Twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._channel.leave(self._call)
+
+    def __enter__(self) -> "RolloutReader":
+        return self
+
+    def __exit__(self, exception_type: object, *_: object) -> None:
+        if exception_type is None:
+            self.close()
+        else:
+            with contextlib.suppress(RLBufferError):  # the block's error matters more
+                self.close()
+
+    def _receive(self, wanted: int, deadline_s: float) -> bool:
+        """Whether `wanted` fragments are here by the deadline."""
+        if self._closed:
+            raise Closed("this reader was closed")
+        self._channel.connection.check()
+        missing = wanted - len(self._received) - self._outstanding
+        if missing > 0:
+            self._send(missing, np.empty(0, np.int64))
+            self._outstanding += missing
+        while len(self._received) < wanted:
+            frame = self._channel.receive(max(0.0, deadline_s - time.monotonic()))
+            if frame is None:
+                return False
+            rows = frames.decode_batch(frame).sample.rows.tolist()
+            self._received += rows
+            self._outstanding -= len(rows)
+        return True
+
+    def _hand_out(self, num_fragments: int) -> Rollouts:
+        rows, self._received = np.array(self._received[:num_fragments]), self._received[num_fragments:]
+        released = False
+
+        def release() -> None:
+            nonlocal released
+            if not released:
+                released = True
+                self._send(0, rows)
+
+        return Rollouts(
+            {path: view[rows] for path, view in self._views.items()},
+            self.table.num_envs,
+            self._newest_version(),
+            self._device,
+            self._generator,
+            release,
+        )
+
+    def _send(self, num_credits: int, rows: NDArray[np.int64]) -> None:
+        epoch, nothing = self._channel.connection.epoch, np.zeros(len(rows), np.int64)
+        self._channel.send(Credit(epoch, num_credits, 0, rows, nothing, nothing.astype(np.float64)).encode())
