@@ -4,22 +4,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 from gymnasium.vector import VectorEnv
-from numpy.typing import NDArray
 
 import rl_buffer as rb
 from actors.environments import make_envs
 from actors.replay import Policy, run_replay_actor
 from rl_buffer.launch import ProcessGroup
 
-_PRELOAD = ("__main__", "torch", "gymnasium", "rl_buffer.client", "actors.crew", "learner.q_network")
+_PRELOAD = ("__main__", "torch", "gymnasium", "rl_buffer.client", "actors.crew")
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
 _HEALTHY_S = 30.0  # an actor that lived this long starts over with the first backoff
 
-# (environments, their epsilons, seed) -> policy
-MakePolicy = Callable[[VectorEnv, NDArray[np.float64], int], Policy]
+# (the actor's environments, its number in the run, seed) -> policy
+MakePolicy = Callable[[VectorEnv, int, int], Policy]
 
 
 class TooManyFailures(RuntimeError):
@@ -59,22 +57,19 @@ class _Post:
 
 @dataclass
 class ReplayCrew:
-    """Actors `first` .. `first + num_actors - 1` of a run with `len(epsilons)` environments in all.
-
-    A context manager; leaving it ends every actor.
-    """
+    """Actors `first` .. `first + num_actors - 1` of a run. A context manager; leaving it ends every actor."""
 
     address: str
     env_id: str
     options: CrewOptions
-    epsilons: NDArray[np.float64]  # of all environments of all actors
     make_policy: MakePolicy
     seed: int = 0
     first: int = 0
     timeout_s: float = 60.0
-    group: ProcessGroup = field(default_factory=lambda: ProcessGroup(preload=_PRELOAD))
+    group: ProcessGroup = field(init=False)
 
     def __post_init__(self) -> None:
+        self.group = ProcessGroup(preload=(*_PRELOAD, self.make_policy.__module__))
         numbers = range(self.first, self.first + self.options.num_actors)
         self._posts = {f"actor-{number}": _Post(number) for number in numbers}
 
@@ -120,11 +115,10 @@ class ReplayCrew:
     def _start(self, name: str) -> int:
         post, options = self._posts[name], self.options
         post.started_at_s, post.start_again_at_s = time.monotonic(), None
-        first_env = post.number * options.envs_per_actor
-        epsilons = self.epsilons[first_env : first_env + options.envs_per_actor]
         # A restarted actor gets other seeds, or it would play the same episodes again.
         seed = self.seed * 1_000_003 + post.number * 1_009 + post.failures * 101
-        make_policy, env_id = self.make_policy, self.env_id
+        # Names of their own: the lambdas are sent to the child, and the crew cannot be.
+        address, env_id, make_policy, number = self.address, self.env_id, self.make_policy, post.number
         arguments = {
             "name": name,
             "seed": seed,
@@ -132,13 +126,12 @@ class ReplayCrew:
             "refresh_steps": options.refresh_steps,
             "timeout_s": self.timeout_s,
         }
-        address = self.address
         return self.group.start(
             name,
             lambda: run_replay_actor(
                 address,
-                lambda: make_envs(env_id, len(epsilons)),
-                lambda envs: make_policy(envs, epsilons, seed),
+                lambda: make_envs(env_id, options.envs_per_actor),
+                lambda envs: make_policy(envs, number, seed),
                 **arguments,
             ),
         )

@@ -18,9 +18,11 @@ _NEWS_KEPT = 4
 class Display:
     """Shows figures as they are handed in; computes none. A context manager."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, measures: Sequence[str] = ()) -> None:
+        """`measures`: names of the algorithm's own figures in each row."""
         self.console = Console()
         self._title = title
+        self._measures = measures
         self._live = Live(console=self.console, auto_refresh=False, transient=False) if self._is_live else None
         self._news: deque[str] = deque(maxlen=_NEWS_KEPT)
         self._last_line_s = -_LINE_EVERY_S
@@ -65,13 +67,12 @@ class Display:
             ("eval return", f"{row['eval_return']:.1f}"),
             ("inserts/s", f"{row['inserts_per_s']:,.0f}"),
             ("samples/s", f"{row['samples_per_s']:,.0f}"),
-            ("loss", f"{row['loss']:.4g}"),
-            ("buffer fill", f"{100 * row['buffer_fill']:.1f} %"),
             ("samples/insert", f"{row['samples_per_insert']:.2f}"),
-            ("mean Q", f"{row['mean_q']:.3g}"),
+            ("buffer fill", f"{100 * row['buffer_fill']:.1f} %"),
             ("stale updates", f"{row['stale_updates']:,.0f}"),
             ("overtaken rows", f"{row['overtaken_rows']:,.0f}"),
             ("wall time", f"{row['wall_s']:.0f} s"),
+            *((name.replace("_", " "), f"{row[name]:.4g}") for name in self._measures),
         )
         for start in range(0, len(cells), 3):
             figures.add_row(*(text for cell in cells[start : start + 3] for text in cell))

@@ -1,7 +1,6 @@
 """Q-networks for vector observations, and the epsilon-greedy policy that actors follow."""
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,9 @@ from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from actors.crew import MakePolicy
 from actors.replay import Decision
+from learner.networks import hidden_layers, sizes_of
 
 
 class QNetwork(nn.Module):
@@ -21,23 +22,16 @@ class QNetwork(nn.Module):
         # Part of the parameters that actors fetch: see `calibrate`.
         self.register_buffer("observation_mean", torch.zeros(num_inputs))
         self.register_buffer("observation_scale", torch.ones(num_inputs))
-        layers: list[nn.Module] = []
-        for fan_in, fan_out in pairwise((num_inputs, *hidden_sizes)):
-            layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers)
+        self.trunk = hidden_layers(num_inputs, hidden_sizes)
         self.advantage = nn.Linear(hidden_sizes[-1], num_actions)
         self.value = nn.Linear(hidden_sizes[-1], 1) if dueling else None
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Tensor]) -> "QNetwork":
         """The network that these parameters belong to: their shapes say all, so that actors need no options."""
-        trunk = [tensor for key, tensor in parameters.items() if key.startswith("trunk") and key.endswith("weight")]
-        network = cls(
-            num_inputs=trunk[0].shape[1],
-            num_actions=parameters["advantage.weight"].shape[0],
-            hidden_sizes=[weight.shape[0] for weight in trunk],
-            dueling="value.weight" in parameters,
-        )
+        num_inputs, hidden_sizes = sizes_of("trunk", parameters)
+        num_actions, dueling = parameters["advantage.weight"].shape[0], "value.weight" in parameters
+        network = cls(num_inputs, num_actions, hidden_sizes, dueling)
         network.load_state_dict(dict(parameters))
         return network
 
@@ -65,6 +59,10 @@ class QNetwork(nn.Module):
         if self.value is None:
             return advantages
         return self.value(features) + advantages - advantages.mean(1, keepdim=True)
+
+    def greedy(self, observations: Tensor) -> Tensor:
+        """Best actions [E] of observations [E, *obs_shape]."""
+        return self(observations).argmax(1)
 
 
 def apex_epsilons(num_envs: int, base: float = 0.4, exponent: float = 7.0) -> NDArray[np.float64]:
@@ -101,3 +99,9 @@ class EpsilonGreedyPolicy:
         explore = self._rng.random(len(observations)) < self._epsilons
         actions = np.where(explore, random_actions, q_values.argmax(1))
         return Decision(actions, q_values[np.arange(len(actions)), actions], q_values.max(1))
+
+
+def epsilon_greedy_policies(num_actors: int, envs_per_actor: int) -> MakePolicy:
+    """The crew's policies, which divide the range of epsilons among the environments of all actors."""
+    epsilons = apex_epsilons(num_actors * envs_per_actor).reshape(num_actors, envs_per_actor)
+    return lambda envs, number, seed: EpsilonGreedyPolicy(envs, epsilons[number], seed)

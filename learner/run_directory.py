@@ -11,15 +11,15 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import torch
 from safetensors.torch import load_file, save_file
 
-_Config = TypeVar("_Config")
 RUNS = Path("runs")
 
+# Of every algorithm; behind them come those that its updates measure.
 COLUMNS = (
     "wall_s",
     "env_steps",
@@ -34,8 +34,6 @@ COLUMNS = (
     "samples_per_s",
     "mean_return",
     "eval_return",
-    "loss",
-    "mean_q",
     "version_lag",
     "num_actors",
     "stale_updates",
@@ -67,8 +65,8 @@ class RunDirectory:
         """Write the script's options."""
         self._write("config.json", msgspec.json.format(msgspec.json.encode(asdict(config)), indent=2))
 
-    def load_config(self, config_type: type[_Config]) -> _Config:
-        """Read them.
+    def load_config(self) -> dict[str, Any]:
+        """Read them, as plain values by name.
 
         Raises:
             FileNotFoundError: no run is there.
@@ -76,15 +74,17 @@ class RunDirectory:
         file = self.path / "config.json"
         if not file.exists():
             raise FileNotFoundError(f"{self.path} holds no run (config.json is missing)")
-        return msgspec.json.decode(file.read_bytes(), type=config_type)
+        return msgspec.json.decode(file.read_bytes())
 
     def append_metrics(self, row: Mapping[str, float]) -> None:
-        """Add a line to metrics.csv; missing columns stay empty."""
+        """Add a line to metrics.csv, whose columns the first line decides; missing ones stay empty."""
         file = self.path / "metrics.csv"
-        new = not file.exists()
-        with file.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            if new:
+        with file.open("a+", newline="") as stream:
+            stream.seek(0)
+            header = next(csv.reader(stream), None)
+            columns = header or [*COLUMNS, *(key for key in row if key not in COLUMNS)]
+            writer = csv.DictWriter(stream, columns, extrasaction="ignore")
+            if header is None:
                 writer.writeheader()
             writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
 

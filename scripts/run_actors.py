@@ -12,9 +12,9 @@ import tyro
 import rl_buffer as rb
 from actors.crew import CrewOptions, ReplayCrew
 from actors.environments import transition_spec
-from learner.apex_dqn import TABLE
-from learner.q_network import EpsilonGreedyPolicy, apex_epsilons
-from learner.script import run_script
+from learner.agent import TABLE
+from learner.algorithms import ALGORITHMS, AlgorithmName
+from learner.script import options_from_command_line, run_script
 from rl_buffer.address import default_address
 
 _NEWS_EVERY_S = 0.5
@@ -24,15 +24,17 @@ _NEWS_EVERY_S = 0.5
 class RunActors:
     """Options of the actors."""
 
+    algo: AlgorithmName
+    """Algorithm whose policy they follow; the same as the learner's."""
+    env: str
+    """Gymnasium environment; the same as the server's."""
+    crew: tyro.conf.OmitArgPrefixes[CrewOptions]
     connect: str = field(default_factory=default_address)
     """Address of the server, as scripts/serve.py prints it."""
-    env: str = "CartPole-v1"
-    """Gymnasium environment; the same as the server's."""
-    crew: tyro.conf.OmitArgPrefixes[CrewOptions] = field(default_factory=CrewOptions)
     first_actor: int = 0
     """Number of the first actor, where several terminals share one run."""
     total_actors: int | None = None
-    """Actors of the whole run, which spread the exploration rates; by default first_actor + num_actors."""
+    """Actors of the whole run, which divide the exploration rates among them; by default first_actor + num_actors."""
     seed: int = 0
     """Of environments and exploration."""
     timeout_s: float = 60.0
@@ -56,8 +58,7 @@ def main(options: RunActors) -> None:
         options.connect,
         options.env,
         options.crew,
-        apex_epsilons(total * options.crew.envs_per_actor),
-        EpsilonGreedyPolicy,
+        ALGORITHMS[options.algo].make_policies(total, options.crew.envs_per_actor),
         seed=options.seed,
         first=options.first_actor,
         timeout_s=options.timeout_s,
@@ -73,4 +74,4 @@ def main(options: RunActors) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, RunActors, __doc__)
+    run_script(lambda: main(options_from_command_line(RunActors, __doc__)))

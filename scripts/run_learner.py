@@ -1,4 +1,4 @@
-"""Run the Ape-X DQN learner against a server; actors connect from elsewhere (scripts/run_actors.py)."""
+"""Run a learner against a server; actors connect from elsewhere (scripts/run_actors.py)."""
 
 import sys
 from dataclasses import dataclass, field
@@ -8,43 +8,43 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 
 import tyro
 
-from learner.apex_dqn import ApexDQN, LearnerOptions, describe, train
+from learner.agent import RunOptions
+from learner.algorithms import ALGORITHMS, AlgorithmName
 from learner.display import Display
-from learner.run_directory import RunDirectory
-from learner.script import run_script
+from learner.script import open_run, options_from_command_line, run_script
+from learner.session import Session, describe
 from rl_buffer.address import default_address
 
 
 @dataclass
 class RunLearner:
-    """Options of the learner."""
+    """Options of the learner, most of them the algorithm's."""
 
+    algo: AlgorithmName
+    """Algorithm, the same as the server's; --algo NAME --help shows its options."""
+    env: str
+    """Gymnasium environment; the same as the server's."""
+    learner: tyro.conf.OmitArgPrefixes[RunOptions]
     connect: str = field(default_factory=default_address)
     """Address of the server, as scripts/serve.py prints it."""
-    env: str = "CartPole-v1"
-    """Gymnasium environment; the same as the server's."""
-    learner: tyro.conf.OmitArgPrefixes[LearnerOptions] = field(default_factory=LearnerOptions)
     seed: int = 0
-    """Of the network."""
+    """Of the networks."""
     name: str | None = None
     """Directory below runs/; by default made of algorithm, environment, seed and time."""
     resume: Path | None = None
-    """Continue network, optimizer, counters and random state of this run, e.g. runs/NAME."""
+    """Continue networks, optimizers, counters and random state of this run, e.g. runs/NAME."""
 
 
 def main(options: RunLearner) -> None:
     """Learn until the run is over."""
-    agent = ApexDQN(options.learner, options.env, options.seed)
-    if options.resume is None:
-        run = RunDirectory.new("apex_dqn", options.env, options.seed, options.name)
-        run.save_config(options)
-    else:
-        run = RunDirectory(options.resume)
-        run.load_learner()
-    with Display(f"Ape-X DQN learner: {options.env}") as display:
-        summary = train(agent, options.connect, run, display, resume=options.resume is not None)
+    algorithm = ALGORITHMS[options.algo]
+    agent = algorithm.agent(options.learner, options.env, options.seed)
+    run = open_run(options)
+    with Display(f"{agent.title} learner: {options.env}", agent.measures) as display:
+        session = Session(agent, options.connect, run, display, resume=options.resume is not None)
+        summary = session.run(algorithm.train)
     print(f"{describe(summary)}; see {run.path}/")
 
 
 if __name__ == "__main__":
-    run_script(main, RunLearner, __doc__)
+    run_script(lambda: main(options_from_command_line(RunLearner, __doc__)))

@@ -11,8 +11,9 @@ import tyro
 
 import rl_buffer as rb
 from actors.environments import transition_spec
-from learner.apex_dqn import TABLE, TableOptions, apex_table
-from learner.script import run_script
+from learner.agent import TABLE
+from learner.algorithms import ALGORITHMS, AlgorithmName
+from learner.script import options_from_command_line, run_script
 from rl_buffer.address import default_address
 
 _LOOK_EVERY_S = 0.2
@@ -20,20 +21,22 @@ _LOOK_EVERY_S = 0.2
 
 @dataclass
 class Serve:
-    """Options of the server."""
+    """Options of the server; those of the table are the algorithm's."""
 
-    env: str = "CartPole-v1"
+    algo: AlgorithmName
+    """Algorithm that the table is for; --algo NAME --help shows its options."""
+    env: str
     """Gymnasium environment whose transitions are stored."""
+    table: tyro.conf.OmitArgPrefixes[object]
     address: str = field(default_factory=default_address)
     """Where to listen: ipc:// and a directory, which is made private."""
     seed: int = 0
     """Of the sampler."""
-    table: tyro.conf.OmitArgPrefixes[TableOptions] = field(default_factory=TableOptions)
 
 
 def main(options: Serve) -> None:
     """Start the server, say where it is, and watch it."""
-    table = apex_table(options.table, transition_spec(options.env), options.seed)
+    table = ALGORITHMS[options.algo].make_table(options.table, transition_spec(options.env), options.seed)
     server = rb.BufferServer({TABLE: table}, options.address)
     print(
         f"reserving {table.rows_nbytes / 2**20:,.0f} MiB for {table.num_rows:,} rows of {table.layout.stride_nbytes} B"
@@ -46,4 +49,4 @@ def main(options: Serve) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, Serve, __doc__)
+    run_script(lambda: main(options_from_command_line(Serve, __doc__)))

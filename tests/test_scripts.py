@@ -135,6 +135,31 @@ def test_train_leaves_summary_metrics_policy_and_curve_and_the_policy_can_be_eva
     assert "holds a run already" in output
 
 
+@pytest.mark.timeout(180)
+def test_sac_ends_at_exactly_the_wanted_steps_with_one_update_each_and_goes_on_when_resumed(script, tmp_path):
+    short = ("--min-size", "200", "--batch-size", "16", "--hidden-sizes", "16", "--eval-episodes", "1")
+    output = script("train.py", "--algo", "sac", "--name", "sac", *short, "--max-env-steps", "600").finish()
+    assert "max_env_steps reached after 600 env steps, 400 updates" in output
+    run = tmp_path / "runs" / "sac"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["algo"], summary["env"], summary["num_actors"]) == ("sac", "Pendulum-v1", 1)
+    assert (summary["env_steps"], summary["inserts"], summary["updates"]) == (600, 600, 400)
+    assert summary["samples"] == 400 * 16
+    assert -2000 < summary["eval_return"] < 0
+
+    assert "over 2 episodes" in script("evaluate.py", "--policy", "runs/sac", "--seeds", "1", "2").finish()
+
+    # The table is filled again, from the policy this time; the rest is one update per step.
+    script("train.py", "--resume", "runs/sac", "--max-env-steps", "1000", "--num-actors", "2").finish()
+    resumed = json.loads((run / "summary.json").read_text())
+    assert (resumed["env_steps"], resumed["updates"]) == (1000, 400 + 1000 - 600 - 200)
+
+    refused = script("train.py", "--resume", "runs/sac", "--algo", "apex")
+    output, _ = refused.process.communicate(timeout=DEADLINE_S)
+    assert refused.process.returncode == 1
+    assert "runs/sac is a run of sac, not of apex" in output
+
+
 @pytest.mark.timeout(120)
 def test_four_terminals_connect_in_any_order(script, tmp_path):
     address = str(tmp_path / "address")
@@ -205,6 +230,10 @@ def is_actor(pid: int) -> bool:
     [
         (["train.py", "--env", "Foo-v0"], "Foo"),
         (["train.py", "--env", "Pendulum-v1"], "Ape-X DQN needs Box observations and Discrete actions"),
+        (["train.py", "--algo", "foo"], "invalid choice 'foo'"),
+        (["train.py", "--algo", "sac", "--env", "CartPole-v1"], "SAC needs Box observations and Box actions"),
+        (["train.py", "--algo", "sac", "--lead", "1"], "--lead must be at least 2"),
+        (["train.py", "--algo", "sac", "--alpha", "0.6"], "--alpha"),  # an option of apex
         (["train.py", "--num-actors", "0"], "--num-actors must be at least 1, got 0"),
         (["train.py", "--resume", "runs/none"], "runs/none holds no run"),
         (["run_learner.py", "--resume", "runs/none"], "runs/none holds no run"),
