@@ -80,7 +80,7 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
             ("capacity", 1, _MAX_ROWS),
             ("n_step", 1, 1024),
             ("gamma", 0.0, 1.0),
-            ("seed", 0, 2**63 - 1),
+            ("seed", 0, 2**64 - 1),
             ("sequence_length", 1, _MAX_SEQUENCE_STEPS),
             ("burn_in", 0, _MAX_SEQUENCE_STEPS if self.sequence_length else 0),
             ("overlap", 0, longest_overlap),
