@@ -1,23 +1,26 @@
-"""A crew of replay actors: starts them, watches them, and starts a new one where one ended."""
+"""A crew of actors: starts them, watches them, and starts a new one where one ended."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from gymnasium.vector import VectorEnv
 
 import rl_buffer as rb
 from actors.environments import make_envs
-from actors.replay import Policy, run_replay_actor
+from actors.replay import run_replay_actor
+from actors.rollout import run_rollout_actor
 from rl_buffer.launch import ProcessGroup
 
 _PRELOAD = ("__main__", "torch", "gymnasium", "rl_buffer.client", "actors.crew")
+TABLE = "replay"  # the one table of a run, whatever is in it
 _FIRST_BACKOFF_S = 0.5
 _MAX_BACKOFF_S = 10.0
 _HEALTHY_S = 30.0  # an actor that lived this long starts over with the first backoff
 
 # (the actor's environments, its number in the run, seed) -> policy
-MakePolicy = Callable[[VectorEnv, int, int], Policy]
+MakePolicy = Callable[[VectorEnv, int, int], Any]
 
 
 class TooManyFailures(RuntimeError):
@@ -45,6 +48,49 @@ class CrewOptions:
                 raise rb.InvalidInput(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
 
+@dataclass(frozen=True)
+class ActorArguments:
+    """What an actor of either kind is told."""
+
+    address: str
+    make_envs: Callable[[], VectorEnv]
+    make_policy: Callable[[VectorEnv], Any]
+    name: str
+    number: int
+    seed: int
+    timeout_s: float
+    options: CrewOptions
+
+
+def replay_actor(told: ActorArguments) -> None:
+    """Write transitions to the table of the run."""
+    run_replay_actor(
+        told.address,
+        told.make_envs,
+        told.make_policy,
+        name=told.name,
+        table=TABLE,
+        seed=told.seed,
+        chunk_size=told.options.chunk_size,
+        refresh_steps=told.options.refresh_steps,
+        timeout_s=told.timeout_s,
+    )
+
+
+def rollout_actor(told: ActorArguments) -> None:
+    """Write rollouts to the table of the run."""
+    run_rollout_actor(
+        told.address,
+        told.make_envs,
+        told.make_policy,
+        name=told.name,
+        number=told.number,
+        table=TABLE,
+        seed=told.seed,
+        timeout_s=told.timeout_s,
+    )
+
+
 @dataclass
 class _Post:
     """One place in the crew, whoever holds it."""
@@ -56,13 +102,14 @@ class _Post:
 
 
 @dataclass
-class ReplayCrew:
+class Crew:
     """Actors `first` .. `first + num_actors - 1` of a run. A context manager; leaving it ends every actor."""
 
     address: str
     env_id: str
     options: CrewOptions
     make_policy: MakePolicy
+    run_actor: Callable[[ActorArguments], None] = replay_actor
     seed: int = 0
     first: int = 0
     timeout_s: float = 60.0
@@ -118,25 +165,20 @@ class ReplayCrew:
         # A restarted actor gets other seeds, or it would play the same episodes again.
         seed = self.seed * 1_000_003 + post.number * 1_009 + post.failures * 101
         # Names of their own: the lambdas are sent to the child, and the crew cannot be.
-        address, env_id, make_policy, number = self.address, self.env_id, self.make_policy, post.number
-        arguments = {
-            "name": name,
-            "seed": seed,
-            "chunk_size": options.chunk_size,
-            "refresh_steps": options.refresh_steps,
-            "timeout_s": self.timeout_s,
-        }
-        return self.group.start(
-            name,
-            lambda: run_replay_actor(
-                address,
-                lambda: make_envs(env_id, options.envs_per_actor),
-                lambda envs: make_policy(envs, number, seed),
-                **arguments,
-            ),
+        env_id, make_policy, run_actor, number = self.env_id, self.make_policy, self.run_actor, post.number
+        told = ActorArguments(
+            address=self.address,
+            make_envs=lambda: make_envs(env_id, options.envs_per_actor),
+            make_policy=lambda envs: make_policy(envs, number, seed),
+            name=name,
+            number=number,
+            seed=seed,
+            timeout_s=self.timeout_s,
+            options=options,
         )
+        return self.group.start(name, lambda: run_actor(told))
 
-    def __enter__(self) -> "ReplayCrew":
+    def __enter__(self) -> "Crew":
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-TABLE = "replay"
+from actors.crew import TABLE as TABLE
 
 
 @dataclass

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import rl_buffer as rb
-from actors.crew import CrewOptions, MakePolicy
-from learner import apex_dqn, sac
+from actors.crew import ActorArguments, CrewOptions, MakePolicy, replay_actor, rollout_actor
+from learner import apex_dqn, ppo, sac
 from learner.agent import Agent, PolicyNetwork
 from learner.q_network import QNetwork, epsilon_greedy_policies
 from learner.session import Session
 
-AlgorithmName = Literal["apex", "sac"]
+AlgorithmName = Literal["apex", "ppo", "sac"]
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]  # environment -> group of options -> option -> value
 
 
@@ -24,7 +24,9 @@ class Algorithm:
     table: Callable[[], Any]
     learner: Callable[[], Any]
     check_env: Callable[[str], object]  # raises InvalidInput, before anything is started
-    make_table: Callable[[Any, rb.TransitionSpec, int], rb.ReplayTable]  # (table options, spec, seed)
+    # (table options, crew options, spec, seed)
+    make_table: Callable[[Any, CrewOptions, rb.TransitionSpec, int], rb.ReplayTable | rb.RolloutTable]
+    run_actor: Callable[[ActorArguments], None]
     make_policies: Callable[[int, int], MakePolicy]  # (actors of the whole run, environments of each)
     agent: type[Agent]  # (learner options, environment, seed)
     train: Callable[[Any, Session], None]
@@ -39,7 +41,8 @@ ALGORITHMS: Mapping[AlgorithmName, Algorithm] = {
         table=apex_dqn.TableOptions,
         learner=apex_dqn.LearnerOptions,
         check_env=apex_dqn.vector_inputs_and_discrete_actions,
-        make_table=apex_dqn.apex_table,
+        make_table=lambda table, crew, spec, seed: apex_dqn.apex_table(table, spec, seed),
+        run_actor=replay_actor,
         make_policies=epsilon_greedy_policies,
         agent=apex_dqn.ApexDQN,
         train=apex_dqn.train,
@@ -61,6 +64,19 @@ ALGORITHMS: Mapping[AlgorithmName, Algorithm] = {
             },
         },
     ),
+    "ppo": Algorithm(
+        env="CartPole-v1",
+        crew=CrewOptions,
+        table=ppo.TableOptions,
+        learner=ppo.LearnerOptions,
+        check_env=ppo.vector_inputs_and_discrete_actions,
+        make_table=lambda table, crew, spec, seed: ppo.ppo_table(table, crew, spec),
+        run_actor=rollout_actor,
+        make_policies=ppo.sampling_policies,
+        agent=ppo.PPO,
+        train=ppo.train,
+        network=ppo.ActorCritic,
+    ),
     "sac": Algorithm(
         env="Pendulum-v1",
         # One environment, whose every step is sent at once and made with the newest parameters.
@@ -68,7 +84,8 @@ ALGORITHMS: Mapping[AlgorithmName, Algorithm] = {
         table=sac.TableOptions,
         learner=sac.LearnerOptions,
         check_env=sac.vector_inputs_and_bounded_actions,
-        make_table=sac.sac_table,
+        make_table=lambda table, crew, spec, seed: sac.sac_table(table, spec, seed),
+        run_actor=replay_actor,
         make_policies=sac.sampling_policies,
         agent=sac.SAC,
         train=sac.train,

@@ -63,6 +63,9 @@ class Session:
         display.say([f"waiting for a server at {address}"])
         self.client = rb.connect(address, timeout_s=60.0, name="learner")
         self.table = self.client.tables[TABLE]
+        # Inserts into a table of rollouts are whole fragments; autoreset dummies count as steps.
+        is_rollouts = isinstance(self.table, rb.RolloutTable)
+        self._steps_per_insert = self.table.num_steps * self.table.num_envs if is_rollouts else 1
         figures = self.client.info()["tables"][TABLE]
         self.samples_before = figures["samples"]
         # Of a server whose samples went to somebody else, only what comes from now on counts; what nobody has learned
@@ -113,6 +116,18 @@ class Session:
             num_given += 1
             yield batch
 
+    def rollouts(self, reader: Any) -> Iterator[Any]:
+        """Rollouts of one update each, until `max_env_steps`."""
+        self._display.say(["waiting for the first rollout"])
+        while self.goes_on():
+            self._tick()
+            try:
+                rollouts = reader.take(timeout_s=_SAMPLE_TIMEOUT_S)
+            except rb.DeadlineExceeded:
+                continue
+            self.env_steps += rollouts.num_fragments * self._steps_per_insert  # until the next look
+            yield rollouts
+
     def goes_on(self) -> bool:
         """Whether neither `max_env_steps` nor the reward threshold is reached, as of the last look."""
         return not self._solved and self.env_steps < self.agent.options.max_env_steps
@@ -149,7 +164,8 @@ class Session:
         """Fetch the server's figures, show them, look after the crew."""
         info, stats = self.client.info(), self.client.stats()
         figures = info["tables"][TABLE]
-        self.env_steps = self._steps_before + figures["inserts"] - self._inserts_before
+        inserts = figures["inserts"] - self._inserts_before
+        self.env_steps = self._steps_before + inserts * self._steps_per_insert
         actors = [c | {"version_lag": self._version - c["parameter_version"]} for c in info["clients"] if c["writers"]]
         self._row = {
             "wall_s": time.monotonic() - self._started_s,
@@ -162,8 +178,8 @@ class Session:
             "mean_return": stats.get("train/rewards_mean", float("nan")),
             "eval_return": self._eval_return,
             "version_lag": max((actor["version_lag"] for actor in actors), default=0),
-            "stale_updates": figures["stale_updates"],
-            "overtaken_rows": figures["overtaken_rows"],
+            "stale_updates": figures.get("stale_updates", 0),
+            "overtaken_rows": figures.get("overtaken_rows", 0),
             "num_actors": len(actors),
         }
         self._row |= {name: float(value) for name, value in self._measures.items()}

@@ -47,6 +47,10 @@ PARTS = {
     "cartpole-no-stop": Part("CartPole-v1, 150 k steps", (0,), ("--env", "CartPole-v1", "--no-stop"), 450.0, True),
     "acrobot": Part("Acrobot-v1", range(3), ("--env", "Acrobot-v1"), -100.0),
     "lunarlander": Part("LunarLander-v3", range(2), ("--env", "LunarLander-v3"), None),
+    "ppo-cartpole": Part("PPO, CartPole-v1", range(3), ("--algo", "ppo", "--env", "CartPole-v1"), 475.0),
+    "ppo-cartpole-asynchronous": Part(
+        "PPO, CartPole-v1, asynchronous", range(3), ("--algo", "ppo", "--env", "CartPole-v1", "--asynchronous"), 475.0
+    ),
     "sac-pendulum": Part("SAC, Pendulum-v1, 10 k steps", range(3), ("--algo", "sac", "--env", "Pendulum-v1"), -200.0),
 }
 
@@ -56,7 +60,8 @@ class Reproduce:
     """Options."""
 
     only: tuple[str, ...] = tuple(PARTS)
-    """Parts to run: cartpole-stop, cartpole-no-stop, acrobot, lunarlander, sac-pendulum."""
+    """Parts to run: cartpole-stop, cartpole-no-stop, acrobot, lunarlander, ppo-cartpole,
+    ppo-cartpole-asynchronous, sac-pendulum."""
     directory: str = "reproduce"
     """Below runs/; runs that are there already are only tabulated."""
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 import tyro
 
 import rl_buffer as rb
-from actors.crew import CrewOptions, ReplayCrew
+from actors.crew import Crew, CrewOptions
 from actors.environments import transition_spec
 from learner.agent import TABLE
 from learner.algorithms import ALGORITHMS, AlgorithmName
@@ -54,11 +54,12 @@ def main(options: RunActors) -> None:
     with rb.connect(options.connect, options.timeout_s) as client:  # once here, before every actor finds out alone
         if client.tables[TABLE].spec != spec:
             raise rb.InvalidInput(f"the server at {options.connect} stores another environment than {options.env}")
-    crew = ReplayCrew(
+    crew = Crew(
         options.connect,
         options.env,
         options.crew,
         ALGORITHMS[options.algo].make_policies(total, options.crew.envs_per_actor),
+        ALGORITHMS[options.algo].run_actor,
         seed=options.seed,
         first=options.first_actor,
         timeout_s=options.timeout_s,

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 import tyro
 
 import rl_buffer as rb
+from actors.crew import CrewOptions
 from actors.environments import transition_spec
 from learner.agent import TABLE
 from learner.algorithms import ALGORITHMS, AlgorithmName
@@ -27,6 +28,7 @@ class Serve:
     """Algorithm that the table is for; --algo NAME --help shows its options."""
     env: str
     """Gymnasium environment whose transitions are stored."""
+    crew: tyro.conf.OmitArgPrefixes[CrewOptions]
     table: tyro.conf.OmitArgPrefixes[object]
     address: str = field(default_factory=default_address)
     """Where to listen: ipc:// and a directory, which is made private."""
@@ -36,7 +38,7 @@ class Serve:
 
 def main(options: Serve) -> None:
     """Start the server, say where it is, and watch it."""
-    table = ALGORITHMS[options.algo].make_table(options.table, transition_spec(options.env), options.seed)
+    table = ALGORITHMS[options.algo].make_table(options.table, options.crew, transition_spec(options.env), options.seed)
     server = rb.BufferServer({TABLE: table}, options.address)
     print(
         f"reserving {table.rows_nbytes / 2**20:,.0f} MiB for {table.num_rows:,} rows of {table.layout.stride_nbytes} B"

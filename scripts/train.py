@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and le
 import tyro
 
 import rl_buffer as rb
-from actors.crew import CrewOptions, ReplayCrew
+from actors.crew import Crew, CrewOptions
 from actors.environments import transition_spec
 from learner.agent import TABLE, RunOptions
 from learner.algorithms import ALGORITHMS, AlgorithmName
@@ -49,11 +49,11 @@ def main(options: Train) -> None:
     """Start the server, the crew and the learner, and end them in the opposite order."""
     algorithm = ALGORITHMS[options.algo]
     algorithm.check_env(options.env)  # refuse before anything is made or started
-    table = algorithm.make_table(options.table, transition_spec(options.env), options.seed)
+    table = algorithm.make_table(options.table, options.crew, transition_spec(options.env), options.seed)
     run = open_run(options)
     make_policy = algorithm.make_policies(options.crew.num_actors, options.crew.envs_per_actor)
     address = fresh_address()
-    with ReplayCrew(address, options.env, options.crew, make_policy, seed=options.seed) as crew:
+    with Crew(address, options.env, options.crew, make_policy, algorithm.run_actor, seed=options.seed) as crew:
         crew.start()  # first: actors take as long to start as the server, and wait for it
         agent = algorithm.agent(options.learner, options.env, options.seed)
         title = f"{agent.title}: {options.env}, seed {options.seed}, {run.path}"

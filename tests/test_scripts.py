@@ -136,6 +136,26 @@ def test_train_leaves_summary_metrics_policy_and_curve_and_the_policy_can_be_eva
 
 
 @pytest.mark.timeout(180)
+def test_ppo_learns_from_the_rollouts_of_all_actors_and_goes_on_when_resumed(script, tmp_path):
+    short = ("--eval-episodes", "1", "--eval-period", "1000", "--no-stop")
+    script("train.py", "--algo", "ppo", "--name", "ppo", *short, "--max-env-steps", "2048").finish()
+    run = tmp_path / "runs" / "ppo"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["algo"], summary["env"], summary["num_actors"]) == ("ppo", "CartPole-v1", 2)
+    # Fragments of 32 steps of 4 environments; the two after the last update are not waited for.
+    assert 2048 <= summary["env_steps"] <= 2048 + 2 * 128
+    assert summary["updates"] == 8
+    assert summary["samples"] <= 2048
+    assert summary["eval_return"] > 0
+    assert "over 2 episodes" in script("evaluate.py", "--policy", "runs/ppo", "--seeds", "1", "2").finish()
+
+    script("train.py", "--resume", "runs/ppo", "--max-env-steps", "4096").finish()
+    resumed = json.loads((run / "summary.json").read_text())
+    assert resumed["env_steps"] >= 4096
+    assert resumed["updates"] > 8
+
+
+@pytest.mark.timeout(180)
 def test_sac_ends_at_exactly_the_wanted_steps_with_one_update_each_and_goes_on_when_resumed(script, tmp_path):
     short = ("--min-size", "200", "--batch-size", "16", "--hidden-sizes", "16", "--eval-episodes", "1")
     output = script("train.py", "--algo", "sac", "--name", "sac", *short, "--max-env-steps", "600").finish()
@@ -231,6 +251,7 @@ def is_actor(pid: int) -> bool:
         (["train.py", "--env", "Foo-v0"], "Foo"),
         (["train.py", "--env", "Pendulum-v1"], "Ape-X DQN needs Box observations and Discrete actions"),
         (["train.py", "--algo", "foo"], "invalid choice 'foo'"),
+        (["train.py", "--algo", "ppo", "--env", "Pendulum-v1"], "PPO needs Box observations and Discrete actions"),
         (["train.py", "--algo", "sac", "--env", "CartPole-v1"], "SAC needs Box observations and Box actions"),
         (["train.py", "--algo", "sac", "--lead", "1"], "--lead must be at least 2"),
         (["train.py", "--algo", "sac", "--alpha", "0.6"], "--alpha"),  # an option of apex
