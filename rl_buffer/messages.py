@@ -16,7 +16,7 @@ from rl_buffer.frames import CONTROL, decode_msgpack
 from rl_buffer.spec import Field
 from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_ATTACH_NBYTES = 1 << 17  # one SEQPACKET message; a network of 1,000 tensors needs about 50 KB
 
 # ---- control requests and replies ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from rl_buffer.spec import Field, RowLayout, TransitionSpec
 
 _MAX_ROWS = 2**40  # 2^40 rows of one cache line are 64 TiB; also keeps row numbers exact in float64
 _MAX_SEQUENCE_STEPS = 2**16
-_MAX_FRAGMENTS = 2**20
+_MAX_FRAGMENTS = 2**16
 _DEFAULT_HEADROOM_SHARE = 16
 _DEFAULT_HEADROOM_MAX_MIN_ROWS = 4096  # of small rows: 30 writers with chunks of 64
 _DEFAULT_HEADROOM_MIN_NBYTES = 64 << 20  # of large ones
