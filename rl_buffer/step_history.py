@@ -75,6 +75,7 @@ class StepHistory(ABC, Generic[Items]):
         arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
         self._arrays = [*self._leaves.values(), *arrays]
         self._previous_ended = np.zeros(num_envs, np.bool_)
+        self._nowhere = np.zeros(num_envs, np.bool_)
         # Of the last ends, in the first leaf of the observation: to notice that environments reset in another way.
         first_leaf = next(iter(self._next_obs.values()))
         self._final_obs = np.zeros_like(first_leaf[0])
@@ -119,14 +120,18 @@ class StepHistory(ABC, Generic[Items]):
         rewards = self._rewards[step]
         copy_numbers("reward", rewards, reward)
         flags = as_flags("done", done, self._num_envs)
-        truncateds = as_flags("truncated", truncated, self._num_envs)
-        if terminated is None:
-            terminateds = flags & ~truncateds
+        if truncated is None and terminated is None:  # 1 us less
+            ended = terminateds = flags.copy()
+            truncateds = self._nowhere
         else:
-            terminateds = as_flags("terminated", terminated, self._num_envs)
-            truncateds = truncateds | (flags & ~terminateds)  # what ended and did not terminate
+            truncateds = as_flags("truncated", truncated, self._num_envs)
+            if terminated is None:
+                terminateds = flags & ~truncateds
+            else:
+                terminateds = as_flags("terminated", terminated, self._num_envs)
+                truncateds = truncateds | (flags & ~terminateds)  # what ended and did not terminate
+            ended = flags | truncateds | terminateds
         self._stage_values(priority, q_taken, state_value, final_value)
-        ended = flags | truncateds | terminateds
         if final_value is not None:  # perhaps given for all environments: elsewhere it is not the value that is meant
             self._final_values[step][~ended] = _UNKNOWN
         if self._autoreset == "same_step":
