@@ -64,6 +64,7 @@ class FileReader:
         """
         from safetensors import SafetensorError, safe_open
 
+        self._path = os.fspath(path)
         untyped_open: Any = safe_open
         try:
             self._file = untyped_open(os.fspath(path), framework="numpy")
@@ -89,6 +90,12 @@ class FileReader:
         self._require(name)
         shape: list[int] = self._file.get_slice(name).get_shape()
         return shape
+
+    def require(self, identity: Mapping[str, Any]) -> None:
+        """Raise InvalidInput unless the description has these values: what a buffer and its file have in common."""
+        for name, own in identity.items():
+            if (saved := self.description.get(name)) != own:
+                raise InvalidInput(f"{self._path} was saved with {name} {saved}, this buffer has {own}")
 
     def array(self, name: str, start: int | None = None, stop: int | None = None) -> NDArray[Any]:
         """The array called `name`, or its part [start:stop].

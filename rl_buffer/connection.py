@@ -13,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import zmq
 
@@ -225,6 +226,30 @@ class Channel:
         """Close the socket; unsent frames are dropped."""
         self._socket.close()
         self.connection.forget(self)
+
+
+class ChannelUser:
+    """The end of whatever owns a channel and holds nothing that must be sent first; its leases go back."""
+
+    _channel: Channel
+    _call: "Callable[[messages.Request], messages.Reply]"
+    _closed: bool
+
+    def close(self) -> None:
+        """Stop, and give back what is held. Twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._channel.leave(self._call)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: object, *_: object) -> None:
+        if exception_type is None:
+            self.close()
+        else:
+            with contextlib.suppress(RLBufferError):  # the block's error matters more
+                self.close()
 
 
 def _check_processor() -> None:

@@ -225,9 +225,7 @@ class ReplayBuffer(ReplayInput):
             InvalidInput: it is no such file, or of a buffer with other arguments. Nothing has changed.
         """
         with FileReader(path) as file:
-            for name, own in self._identity().items():
-                if (saved := file.description.get(name)) != own:
-                    raise InvalidInput(f"{os.fspath(path)} was saved with {name} {saved}, this buffer has {own}")
+            file.require(self._identity())
             loaded = ReplayTableState(self.table, np.zeros(self.table.num_rows, np.int64))
             try:
                 used, words = file.shape("rows")

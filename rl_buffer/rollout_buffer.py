@@ -253,9 +253,7 @@ class RolloutBuffer:
             InvalidInput: it is no such file, or of a buffer with other arguments. Nothing has changed.
         """
         with FileReader(path) as file:
-            for name, own in self._identity.items():
-                if (saved := file.description.get(name)) != own:
-                    raise InvalidInput(f"{os.fspath(path)} was saved with {name} {saved}, this buffer has {own}")
+            file.require(self._identity)
             block = file.array("rollout")
             if block.shape != tuple(self._block.shape) or block.dtype != np.int64:
                 raise InvalidInput(f"{os.fspath(path)} holds a rollout of {block.dtype}{list(block.shape)}")

@@ -5,7 +5,6 @@
 A learner that dies before `release` gives its fragments back: they are handed out again, to whoever asks next.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -15,8 +14,8 @@ from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
 from rl_buffer.batches import leaf_views
-from rl_buffer.connection import Channel
-from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
+from rl_buffer.connection import Channel, ChannelUser
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput
 from rl_buffer.frames import Credit
 from rl_buffer.gae import explained_variance
 from rl_buffer.inputs import as_count
@@ -91,7 +90,7 @@ class Rollouts:
         self.release()
 
 
-class RolloutReader:
+class RolloutReader(ChannelUser):
     """Takes finished fragments from one table. Made by `client.rollouts`. Not for several threads."""
 
     def __init__(
@@ -160,22 +159,6 @@ class RolloutReader:
                 f"no fragment of table {self._name!r} was finished in {within_s} s: {self._explain()}"
             )
         return self._hand_out(len(self._received))
-
-    def close(self) -> None:
-        """Give back what is not released, to be handed out again. Twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._channel.leave(self._call)
-
-    def __enter__(self) -> "RolloutReader":
-        return self
-
-    def __exit__(self, exception_type: object, *_: object) -> None:
-        if exception_type is None:
-            self.close()
-        else:
-            with contextlib.suppress(RLBufferError):  # the block's error matters more
-                self.close()
 
     def _receive(self, wanted: int, deadline_s: float) -> bool:
         """Whether `wanted` fragments are here by the deadline."""

@@ -6,7 +6,6 @@ A fragment costs two messages. Nothing is staged: a step is written where the le
 kernel is Numba's. One thread at a time.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,16 +14,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rl_buffer import frames, messages
-from rl_buffer.connection import Channel
+from rl_buffer.connection import Channel, ChannelUser
 from rl_buffer.episode_ends import Autoreset
-from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RLBufferError
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput
 from rl_buffer.frames import Commit
 from rl_buffer.rollout_fragment import RolloutFragment
 from rl_buffer.stats_tracker import Episode, StatsTracker
 from rl_buffer.tables import RolloutTable, StatsConfig
 
 
-class RolloutWriter:
+class RolloutWriter(ChannelUser):
     """Writes rollouts of the table's `num_envs` environments. Made by `client.rollout_writer`.
 
     Not for several threads; make one writer per thread.
@@ -63,7 +62,6 @@ class RolloutWriter:
         )
         self._row: int | None = None  # of the fragment that is being written
         self._sequence = 0
-        self._acknowledged = 0
         self._unsent_episodes: list[Episode] = []
         self._closed = False
         call(messages.OpenWriter(channel.number, name, 1, 1))
@@ -158,29 +156,12 @@ class RolloutWriter:
         self._row = None
         self._unsent_episodes = []
 
-    def close(self) -> None:
-        """Give back what is not committed. Twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._channel.leave(self._call)
-
-    def __enter__(self) -> "RolloutWriter":
-        return self
-
-    def __exit__(self, exception_type: object, *_: object) -> None:
-        if exception_type is None:
-            self.close()
-        else:
-            with contextlib.suppress(RLBufferError):  # the block's error matters more
-                self.close()
-
     def _check(self) -> None:
         if self._closed:
             raise Closed("this writer was closed")
         self._channel.connection.check()
 
     def _take(self, grant: frames.Grant) -> None:
-        self._acknowledged = max(self._acknowledged, grant.acknowledged)
         for row in grant.rows.tolist():
             self._row = row
             self._fragment.begin({path: view[row] for path, view in self._rows.items() if np.ndim(view[row])})

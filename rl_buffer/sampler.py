@@ -9,7 +9,6 @@ gathered when the batch is handed out. A gather of 256 rows of 192 B takes 20 us
 which would take the interpreter lock from the learner; on a GPU the copy overlaps with the step that is queued.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
 from rl_buffer.batches import Batch, as_td_errors
-from rl_buffer.connection import Channel
-from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
+from rl_buffer.connection import Channel, ChannelUser
+from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused
 from rl_buffer.frames import Credit
 from rl_buffer.gather import Gatherer
 from rl_buffer.importance import importance_weights, require_beta
@@ -33,7 +32,7 @@ _NO_ROWS = np.empty(0, np.int64)
 _NO_ERRORS = np.empty(0, np.float64)
 
 
-class ReplaySampler:
+class ReplaySampler(ChannelUser):
     """Draws batches from one table. Made by `client.sampler`. Not for several threads."""
 
     def __init__(
@@ -137,22 +136,6 @@ class ReplaySampler:
         require_masses(self._table.sampler, errors)
         wanted = max(0, self._prefetch - self._outstanding)
         self._send_credit(wanted, batch.indices.numpy(), batch.generations.numpy(), errors)
-
-    def close(self) -> None:
-        """Stop the stream. Twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._channel.leave(self._call)
-
-    def __enter__(self) -> "ReplaySampler":
-        return self
-
-    def __exit__(self, exception_type: object, *_: object) -> None:
-        if exception_type is None:
-            self.close()
-        else:
-            with contextlib.suppress(RLBufferError):  # the block's error matters more
-                self.close()
 
     def _ask(self, num_credits: int) -> None:
         if num_credits > 0:
