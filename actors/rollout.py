@@ -16,9 +16,10 @@ import rl_buffer as rb
 class Choice:
     """What a stochastic policy chose for E observations."""
 
-    actions: NDArray[Any]  # [E, *action_shape], as the environment takes them
+    actions: NDArray[Any]  # [E, *action_shape], to be stored
     log_probs: NDArray[np.float32]  # [E], of these actions
     values: NDArray[np.float32]  # [E], V(obs)
+    env_actions: NDArray[Any] | None = None  # what the environments take, where that differs: clipped, rescaled
 
 
 class RolloutPolicy(Protocol):
@@ -77,7 +78,8 @@ def run_rollout_actor(
                 raise rb.DeadlineExceeded(f"no {policy_name!r} was published within {timeout_s} s; is a learner there?")
             while not writer.is_full:
                 choice = policy.choose(observations)
-                next_observations, rewards, terminations, truncations, infos = envs.step(choice.actions)
+                actions = choice.actions if choice.env_actions is None else choice.env_actions
+                next_observations, rewards, terminations, truncations, infos = envs.step(actions)
                 writer.add(
                     observations,
                     choice.actions,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import rl_buffer as rb
 from actors.crew import ActorArguments, CrewOptions, MakePolicy, replay_actor, rollout_actor
 from learner import apex_dqn, ppo, sac
+from learner.actor_critic import ActorCritic, sampling_policies
 from learner.agent import Agent, PolicyNetwork
 from learner.q_network import QNetwork, epsilon_greedy_policies
 from learner.session import Session
@@ -69,13 +70,24 @@ ALGORITHMS: Mapping[AlgorithmName, Algorithm] = {
         crew=CrewOptions,
         table=ppo.TableOptions,
         learner=ppo.LearnerOptions,
-        check_env=ppo.vector_inputs_and_discrete_actions,
+        check_env=ppo.vector_inputs_and_actions,
         make_table=lambda table, crew, spec, seed: ppo.ppo_table(table, crew, spec),
         run_actor=rollout_actor,
-        make_policies=ppo.sampling_policies,
+        make_policies=sampling_policies,
         agent=ppo.PPO,
         train=ppo.train,
-        network=ppo.ActorCritic,
+        network=ActorCritic,
+        presets={
+            "Pendulum-v1": {
+                "table": {"num_steps": 256, "gamma": 0.9, "gae_lambda": 0.95},
+                "learner": {
+                    "num_epochs": 10,
+                    "normalize_observations": True,
+                    "normalize_rewards": True,
+                    "eval_period": 20_000,
+                },
+            },
+        },
     ),
     "sac": Algorithm(
         env="Pendulum-v1",

@@ -1,26 +1,23 @@
 """PPO with clipped ratios (Schulman et al. 2017, arXiv:1707.06347), the learner.
 
-Reads from top to bottom: options, the table it wants, the network, the actors' policy, the losses, the loop. Actors and
-learner go in step: every rollout is made with the newest parameters, as in one process, only by several.
+Reads from top to bottom: options, the table it wants, the losses, the loop; the networks and the actors' policy are in
+`actor_critic`. Actors and learner go in step: every rollout is made with the newest parameters, as in one process, only
+by several.
 """
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.distributions import Categorical
 
 import rl_buffer as rb
-from actors.crew import CrewOptions, MakePolicy
-from actors.rollout import Choice
+from actors.crew import CrewOptions
+from learner.actor_critic import ActorCritic
 from learner.agent import TABLE, Agent, RunOptions, spaces_of
+from learner.networks import ActionScale
+from learner.normalization import DiscountedReturns
 from learner.session import Session
 
 
@@ -64,6 +61,10 @@ class LearnerOptions(RunOptions):
     """Of the policy's entropy in the loss."""
     max_grad_norm: float = 0.5
     """Gradients are scaled down to this norm."""
+    normalize_observations: bool = False
+    """Give the networks observations less their running mean, in units of their running deviation."""
+    normalize_rewards: bool = False
+    """Learn values in units of the running deviation of the discounted return."""
     target_kl: float | None = None
     """End a rollout's epochs when the policy has moved further than 1.5 times this, in nats; none by default."""
     hidden_sizes: tuple[int, ...] = (64, 64)
@@ -86,94 +87,19 @@ def ppo_table(options: TableOptions, crew: CrewOptions, spec: rb.TransitionSpec)
     )
 
 
-# ---- network ---------------------------------------------------------------------------------------------------
-
-
-def vector_inputs_and_discrete_actions(env_id: str) -> tuple[int, int]:
-    """Number of inputs and actions of an environment that this learner is for.
+def vector_inputs_and_actions(env_id: str) -> tuple[int, int | ActionScale]:
+    """Number of inputs, and the number of discrete actions or the scale of continuous ones, of an environment.
 
     Raises:
-        InvalidInput: other spaces than Box observations and Discrete actions.
+        InvalidInput: other spaces than Box observations and Discrete or bounded Box actions.
     """
     observations, actions = spaces_of(env_id)
-    if not isinstance(observations, gym.spaces.Box) or not isinstance(actions, gym.spaces.Discrete):
+    if not isinstance(observations, gym.spaces.Box) or not isinstance(actions, gym.spaces.Discrete | gym.spaces.Box):
         raise rb.InvalidInput(
-            f"PPO needs Box observations and Discrete actions; {env_id} has {observations}, {actions}"
+            f"PPO needs Box observations and Discrete or Box actions; {env_id} has {observations} and {actions}"
         )
-    return math.prod(observations.shape), int(actions.n)
-
-
-def _tanh_layers(sizes: Sequence[int], last_gain: float) -> nn.Sequential:
-    """Orthogonal weights, and hyperbolic tangents between the layers."""
-    layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(pairwise(sizes)):
-        linear = nn.Linear(fan_in, fan_out)
-        is_last = i == len(sizes) - 2
-        nn.init.orthogonal_(linear.weight, last_gain if is_last else math.sqrt(2))
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if is_last else [linear, nn.Tanh()]
-    return nn.Sequential(*layers)
-
-
-class ActorCritic(nn.Module):
-    """pi(a | s) and V(s), two networks that share nothing."""
-
-    def __init__(self, num_inputs: int, num_actions: int, hidden_sizes: Sequence[int]) -> None:
-        super().__init__()
-        self.actor = _tanh_layers((num_inputs, *hidden_sizes, num_actions), 0.01)
-        self.critic = _tanh_layers((num_inputs, *hidden_sizes, 1), 1.0)
-
-    @classmethod
-    def from_parameters(cls, parameters: Mapping[str, Tensor]) -> "ActorCritic":
-        """The network that these parameters belong to."""
-        weights = [value for key, value in parameters.items() if key.startswith("actor.") and key.endswith("weight")]
-        network = cls(weights[0].shape[1], weights[-1].shape[0], [weight.shape[0] for weight in weights[:-1]])
-        network.load_state_dict(dict(parameters))
-        return network
-
-    def forward(self, observations: Tensor) -> tuple[Categorical, Tensor]:
-        """The distribution of actions [B] and the values [B] of observations [B, *obs_shape]."""
-        inputs = observations.flatten(1).float()
-        return Categorical(logits=self.actor(inputs), validate_args=False), self.critic(inputs).squeeze(1)
-
-    def greedy(self, observations: Tensor) -> Tensor:
-        """Likeliest actions [E] of observations [E, *obs_shape]."""
-        return self.actor(observations.flatten(1).float()).argmax(1)
-
-
-# ---- acting ----------------------------------------------------------------------------------------------------
-
-
-class SamplingPolicy:
-    """What actors follow: actions drawn from the learner's policy."""
-
-    def __init__(self, seed: int) -> None:
-        self._network: ActorCritic | None = None
-        self._generator = torch.Generator().manual_seed(seed)
-
-    def load(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Take newer parameters."""
-        if self._network is None:
-            self._network = ActorCritic.from_parameters(state_dict)
-        else:
-            self._network.load_state_dict(dict(state_dict))
-
-    @torch.inference_mode()
-    def choose(self, observations: NDArray[Any]) -> Choice:
-        """Actions, log-probabilities and values, [E] each, of observations [E, *obs_shape]."""
-        distribution, values = self._network(torch.from_numpy(np.asarray(observations)))
-        actions = torch.multinomial(distribution.probs, 1, generator=self._generator).squeeze(1)
-        return Choice(actions.numpy(), distribution.log_prob(actions).numpy(), values.numpy())
-
-    @torch.inference_mode()
-    def values(self, observations: NDArray[Any]) -> NDArray[np.float32]:
-        """V(obs), [E]."""
-        return self._network(torch.from_numpy(np.asarray(observations)))[1].numpy()
-
-
-def sampling_policies(num_actors: int, envs_per_actor: int) -> MakePolicy:
-    """The crew's policies, which differ in nothing but their seeds."""
-    return lambda envs, number, seed: SamplingPolicy(seed)
+    is_discrete = isinstance(actions, gym.spaces.Discrete)
+    return math.prod(observations.shape), int(actions.n) if is_discrete else ActionScale.of_space(actions)
 
 
 # ---- learning --------------------------------------------------------------------------------------------------
@@ -206,14 +132,27 @@ class PPO(Agent):
     def __init__(self, options: LearnerOptions, env_id: str, seed: int) -> None:
         """Random networks. The first optimizer of a process loads torch's compiler, some seconds long."""
         super().__init__(options, env_id, seed)
-        sizes = vector_inputs_and_discrete_actions(env_id)
-        self.policy = ActorCritic(*sizes, options.hidden_sizes).to(self.device)
+        self.policy = ActorCritic(
+            *vector_inputs_and_actions(env_id),
+            options.hidden_sizes,
+            normalize_observations=options.normalize_observations,
+            normalize_rewards=options.normalize_rewards,
+        ).to(self.device)
         self.optimizer = torch.optim.Adam(self.policy.parameters(), lr=options.learning_rate, eps=1e-5, fused=True)
         self.parts = {"policy": self.policy, "optimizer": self.optimizer}
 
-    def update(self, rollouts: rb.Rollouts, env_steps: int) -> dict[str, Tensor]:
-        """All epochs over one rollout; returns `measures` of the last."""
+    def update(self, rollouts: rb.Rollouts, discounted_returns: Tensor, env_steps: int) -> dict[str, Tensor]:
+        """All epochs over one rollout; returns `measures` of the last.
+
+        Args:
+            rollouts: N steps of all actors.
+            discounted_returns: [N], for the normalisation of rewards.
+            env_steps: of the run so far.
+        """
         options = self.options
+        steps = next(rollouts.get(shuffle=False))
+        if not self.updates:
+            self.policy.count(steps.observations, discounted_returns.to(self.device))  # or all units would be wrong
         left = max(0.0, 1 - env_steps / options.max_env_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = left * options.learning_rate
@@ -226,6 +165,9 @@ class PPO(Agent):
             ]
             if options.target_kl is not None and torch.stack(measures)[:, 3].mean() > 1.5 * options.target_kl:
                 break
+        if self.updates:
+            # Afterwards: the log-probabilities and values of these steps are by the moments that the actors had.
+            self.policy.count(steps.observations, discounted_returns.to(self.device))
         self.updates += 1
         self.samples += rollouts.num_transitions
         means = torch.stack(measures).mean(0)
@@ -236,9 +178,11 @@ class PPO(Agent):
         """One gradient step; returns loss, value loss, entropy and KL divergence, [4]."""
         options = self.options
         distribution, values = self.policy(batch.observations)
-        log_ratios = distribution.log_prob(batch.actions) - batch.log_probs
+        actions = batch.actions if self.policy.action_scale is None else batch.actions.flatten(1)
+        log_ratios = distribution.log_prob(actions) - batch.log_probs
         policy_loss = clipped_policy_loss(log_ratios, batch.advantages, clip_range)
-        errors = value_loss(values, batch.values, batch.returns, options.value_clip_range)
+        in_units = (tensor / self.policy.value_unit for tensor in (values, batch.values, batch.returns))
+        errors = value_loss(*in_units, options.value_clip_range)
         entropy = distribution.entropy().mean()
         loss = policy_loss + options.value_weight * errors - options.entropy_weight * entropy
         self.optimizer.zero_grad(set_to_none=True)
@@ -254,7 +198,8 @@ def train(agent: PPO, session: Session) -> None:
     """Learn from a rollout of every actor at a time; the actors begin the next ones with what came of it."""
     session.publish()
     reader = session.client.rollouts(TABLE, device=agent.options.device, seed=agent.seed)
+    discounted = DiscountedReturns(session.table.gamma)
     for rollouts in session.rollouts(reader):
-        measured = agent.update(rollouts, session.env_steps)
+        measured = agent.update(rollouts, discounted.of(rollouts), session.env_steps)
         session.updated(**measured)
         rollouts.release()  # after the new parameters are published: that is what the actors wait for

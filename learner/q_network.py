@@ -29,7 +29,7 @@ class QNetwork(nn.Module):
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Tensor]) -> "QNetwork":
         """The network that these parameters belong to: their shapes say all, so that actors need no options."""
-        num_inputs, hidden_sizes = sizes_of("trunk", parameters)
+        num_inputs, *hidden_sizes = sizes_of("trunk", parameters)
         num_actions, dueling = parameters["advantage.weight"].shape[0], "value.weight" in parameters
         network = cls(num_inputs, num_actions, hidden_sizes, dueling)
         network.load_state_dict(dict(parameters))

@@ -21,7 +21,7 @@ import rl_buffer as rb
 from actors.crew import MakePolicy
 from actors.replay import Decision
 from learner.agent import TABLE, Agent, RunOptions, spaces_of
-from learner.networks import hidden_layers, sizes_of
+from learner.networks import ActionScale, hidden_layers, sizes_of
 from learner.session import Session
 
 _LOG_STD_RANGE = (-5.0, 2.0)  # narrow enough that neither the density nor its gradient runs off
@@ -115,8 +115,8 @@ def num_updates_until(num_inserts: int, table: rb.ReplayTable, samples_before: i
 # ---- networks --------------------------------------------------------------------------------------------------
 
 
-def vector_inputs_and_bounded_actions(env_id: str) -> tuple[int, gym.spaces.Box]:
-    """Number of inputs and the action space of an environment that this learner is for.
+def vector_inputs_and_bounded_actions(env_id: str) -> tuple[int, ActionScale]:
+    """Number of inputs and the actions of an environment that this learner is for.
 
     Raises:
         InvalidInput: other spaces than Boxes, or actions without bounds.
@@ -124,31 +124,26 @@ def vector_inputs_and_bounded_actions(env_id: str) -> tuple[int, gym.spaces.Box]
     observations, actions = spaces_of(env_id)
     if not isinstance(observations, gym.spaces.Box) or not isinstance(actions, gym.spaces.Box):
         raise rb.InvalidInput(f"SAC needs Box observations and Box actions; {env_id} has {observations} and {actions}")
-    if not actions.is_bounded():
-        raise rb.InvalidInput(f"SAC scales its actions to the bounds of their space, and {env_id} has none: {actions}")
-    return math.prod(observations.shape), actions
+    return math.prod(observations.shape), ActionScale.of_space(actions)
 
 
 class GaussianActor(nn.Module):
     """pi(a | s): a = tanh(u), u ~ Normal(mean(s), std(s)), each dimension for itself (appendix C).
 
-    a is in [-1, 1]; `scale` makes of it what the environment takes, `unscale` inverts that.
+    a is in [-1, 1]; `scale` makes of it what the environment takes.
     """
 
-    def __init__(self, num_inputs: int, hidden_sizes: Sequence[int], low: Tensor, high: Tensor) -> None:
-        """`low`, `high`: [*action_shape], bounds of the environment's actions."""
+    def __init__(self, num_inputs: int, hidden_sizes: Sequence[int], scale: ActionScale) -> None:
         super().__init__()
-        # Part of the parameters that actors fetch, who then need no bounds from elsewhere.
-        self.register_buffer("action_centre", (high + low) / 2)
-        self.register_buffer("action_scale", (high - low) / 2)
+        self.scale = scale
         self.trunk = hidden_layers(num_inputs, hidden_sizes)
-        self.head = nn.Linear(hidden_sizes[-1], 2 * low.numel())
+        self.head = nn.Linear(hidden_sizes[-1], 2 * scale.num_actions)
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, Tensor]) -> "GaussianActor":
         """The network that these parameters belong to."""
-        centre, scale = parameters["action_centre"], parameters["action_scale"]
-        network = cls(*sizes_of("trunk", parameters), centre - scale, centre + scale)
+        num_inputs, *hidden_sizes = sizes_of("trunk", parameters)
+        network = cls(num_inputs, hidden_sizes, ActionScale.from_parameters(parameters, "scale"))
         network.load_state_dict(dict(parameters))
         return network
 
@@ -169,14 +164,6 @@ class GaussianActor(nn.Module):
         """The environment's actions [E, *action_shape] at tanh(mean)."""
         mean, _ = self(observations)
         return self.scale(torch.tanh(mean))
-
-    def scale(self, actions: Tensor) -> Tensor:
-        """[-1, 1], [B, A], to the environment's, [B, *action_shape]."""
-        return self.action_centre + self.action_scale * actions.unflatten(1, self.action_scale.shape)
-
-    def unscale(self, actions: Tensor) -> Tensor:
-        """Invert `scale`."""
-        return ((actions - self.action_centre) / self.action_scale).flatten(1)
 
 
 def squashed_log_probs(noise: Tensor, log_std: Tensor, unsquashed: Tensor) -> Tensor:
@@ -292,11 +279,10 @@ class SAC(Agent):
     def __init__(self, options: LearnerOptions, env_id: str, seed: int) -> None:
         """Random networks. The first optimizer of a process loads torch's compiler, some seconds long."""
         super().__init__(options, env_id, seed)
-        num_inputs, space = vector_inputs_and_bounded_actions(env_id)
-        low, high = (torch.as_tensor(bound, dtype=torch.float32) for bound in (space.low, space.high))
-        num_actions = low.numel()
+        num_inputs, scale = vector_inputs_and_bounded_actions(env_id)
+        num_actions = scale.num_actions
         self.target_entropy = -num_actions if options.target_entropy is None else options.target_entropy
-        self.policy = GaussianActor(num_inputs, options.hidden_sizes, low, high).to(self.device)
+        self.policy = GaussianActor(num_inputs, options.hidden_sizes, scale).to(self.device)
         self.critics = TwinCritics(num_inputs, num_actions, options.hidden_sizes).to(self.device)
         self.targets = TwinCritics(num_inputs, num_actions, options.hidden_sizes).to(self.device).requires_grad_(False)
         self.targets.load_state_dict(self.critics.state_dict())
@@ -317,7 +303,7 @@ class SAC(Agent):
             next_actions, next_log_probs = self.policy.sample(batch.next_observations)
             next_values = self.targets(batch.next_observations, next_actions)
             targets = soft_targets(batch, next_values, next_log_probs, alpha)
-        td_errors = targets - self.critics(observations, self.policy.unscale(batch.actions))  # [2, B]
+        td_errors = targets - self.critics(observations, self.policy.scale.inverse(batch.actions))  # [2, B]
         losses = 0.5 * (td_errors**2).sum(0)
         critic_loss = (losses if batch.weights is None else batch.weights * losses).mean()
         self._step("critics", self.critics, critic_loss)

@@ -7,6 +7,7 @@ A learner that dies before `release` gives its fragments back: they are handed o
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ class Rollouts:
         writers: [F] int64, who made each fragment.
         versions: [T, F] int64, the parameter version that each step was made with; 0 before any.
         version_lag: [T, F] int64, the newest version when they were taken, less `versions`.
+        mask: [T, F * E] bool, where a step happened; the others mean nothing.
+        rewards: [T, F * E] float32.
+        ended: [T, F * E] bool, where an episode terminated or was truncated.
     """
 
     def __init__(
@@ -48,27 +52,31 @@ class Rollouts:
         self.versions = fragments["versions"][order].T.astype(np.int64)
         self.version_lag = newest_version - self.versions
         self.num_fragments = len(order)
-        # [F, T, E, ...] -> [T, F * E, ...]: a copy, which a GPU needs anyway.
-        self._arrays = {
-            path: np.concatenate(list(leaf[order]), axis=1) for path, leaf in fragments.items() if is_handed_out(path)
-        }
-        mask = self._arrays["mask"]
-        self.num_steps, self.num_envs = len(mask), self.num_fragments * num_envs
+
+        def side_by_side(path: str) -> NDArray[Any]:
+            # [F, T, E, ...] -> [T, F * E, ...]: a copy, which a GPU needs anyway.
+            return np.concatenate(list(fragments[path][order]), axis=1)
+
+        self.rewards = side_by_side("rewards")
+        self.ended = side_by_side("terminateds") | side_by_side("truncateds")
+        self._arrays = {path: side_by_side(path) for path in fragments if is_handed_out(path)}
+        self.mask = self._arrays["mask"]
+        self.num_steps, self.num_envs = len(self.mask), self.num_fragments * num_envs
         self._generator = generator
         leaves = {path: torch.from_numpy(array).flatten(0, 1).to(device) for path, array in self._arrays.items()}
-        self._rows = RolloutRows(leaves, np.flatnonzero(mask), device)
+        self._rows = RolloutRows(leaves, np.flatnonzero(self.mask), device)
         self._release = release
 
     @property
     def num_transitions(self) -> int:
         """Steps that happened, of all environments together."""
-        return int(np.count_nonzero(self._arrays["mask"]))
+        return int(np.count_nonzero(self.mask))
 
     @property
     def explained_variance(self) -> float:
         """1 - Var(returns - values) / Var(returns); NaN where the returns do not vary."""
         arrays = self._arrays
-        return explained_variance(arrays["values"], arrays["returns"], arrays["mask"])
+        return explained_variance(arrays["values"], arrays["returns"], self.mask)
 
     def get(
         self, batch_size: int | None = None, shuffle: bool = True, normalize_advantages: bool = False

@@ -51,6 +51,19 @@ PARTS = {
     "ppo-cartpole-asynchronous": Part(
         "PPO, CartPole-v1, asynchronous", range(3), ("--algo", "ppo", "--env", "CartPole-v1", "--asynchronous"), 475.0
     ),
+    "ppo-cartpole-1-actor": Part(
+        "PPO, CartPole-v1, 1 actor",
+        range(3),
+        ("--algo", "ppo", "--env", "CartPole-v1", "--num-actors", "1"),
+        475.0,
+    ),
+    "ppo-cartpole-4-actors": Part(
+        "PPO, CartPole-v1, 4 actors",
+        range(3),
+        ("--algo", "ppo", "--env", "CartPole-v1", "--num-actors", "4"),
+        475.0,
+    ),
+    "ppo-pendulum": Part("PPO, Pendulum-v1", range(3), ("--algo", "ppo", "--env", "Pendulum-v1"), -300.0),
     "sac-pendulum": Part("SAC, Pendulum-v1, 10 k steps", range(3), ("--algo", "sac", "--env", "Pendulum-v1"), -200.0),
 }
 
@@ -60,8 +73,8 @@ class Reproduce:
     """Options."""
 
     only: tuple[str, ...] = tuple(PARTS)
-    """Parts to run: cartpole-stop, cartpole-no-stop, acrobot, lunarlander, ppo-cartpole,
-    ppo-cartpole-asynchronous, sac-pendulum."""
+    """Parts to run: cartpole-stop, cartpole-no-stop, acrobot, lunarlander, ppo-cartpole, ppo-cartpole-asynchronous,
+    ppo-cartpole-1-actor, ppo-cartpole-4-actors, ppo-pendulum, sac-pendulum."""
     directory: str = "reproduce"
     """Below runs/; runs that are there already are only tabulated."""
 

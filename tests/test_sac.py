@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import rl_buffer as rb
+from learner.networks import ActionScale
 from learner.run_directory import COLUMNS, RunDirectory
 from learner.sac import (
     SAC,
@@ -64,7 +65,7 @@ def test_the_density_of_squashed_actions_integrates_to_one(mean, std):
 
 def test_log_probabilities_are_those_of_torchs_transformed_normal():
     torch.manual_seed(0)
-    actor = GaussianActor(3, (8,), LOW, HIGH)
+    actor = GaussianActor(3, (8,), ActionScale(LOW, HIGH))
     observations = torch.randn(50, 3)
     actions, log_probs = actor.sample(observations)
     mean, log_std = actor(observations)
@@ -80,22 +81,22 @@ def test_log_probabilities_stay_finite_where_tanh_rounds_to_one():
 
 
 def test_the_noise_of_a_sample_reaches_the_gradient_of_mean_and_deviation():
-    actor = GaussianActor(3, (8,), LOW, HIGH)
+    actor = GaussianActor(3, (8,), ActionScale(LOW, HIGH))
     actions, log_probs = actor.sample(torch.randn(20, 3))
     (actions.sum() + log_probs.sum()).backward()
     assert (actor.head.weight.grad.abs().sum(1) > 0).all()
 
 
 def test_actions_span_the_bounds_of_the_space_and_scaling_is_inverted():
-    actor = GaussianActor(3, (8,), LOW, HIGH)
+    actor = GaussianActor(3, (8,), ActionScale(LOW, HIGH))
     corners = torch.tensor([[-1.0, -1.0], [0.0, 0.0], [1.0, 1.0]])
     assert torch.equal(actor.scale(corners), torch.tensor([[-2.0, 0.0], [0.0, 5.0], [2.0, 10.0]]))
-    assert torch.allclose(actor.unscale(actor.scale(corners)), corners)
+    assert torch.allclose(actor.scale.inverse(actor.scale(corners)), corners)
 
 
 @pytest.mark.parametrize("shape", [(1,), (2, 3)])
 def test_a_network_is_rebuilt_from_its_parameters_alone(shape):
-    actor = GaussianActor(3, (16, 8), torch.full(shape, -3.0), torch.full(shape, 1.0))
+    actor = GaussianActor(3, (16, 8), ActionScale(torch.full(shape, -3.0), torch.full(shape, 1.0)))
     again = GaussianActor.from_parameters(actor.state_dict())
     observations = torch.randn(5, 3)
     assert torch.equal(actor.greedy(observations), again.greedy(observations))
@@ -113,7 +114,7 @@ def test_actors_act_uniformly_before_the_first_parameters_and_then_by_the_policy
     assert abs(actions.mean()) < 5 * (16 / 12 / 2_000) ** 0.5
     assert actions.var() == pytest.approx(16 / 12, abs=5 * 16 * (1 / 180 / 2_000) ** 0.5)
 
-    network = GaussianActor(3, (8,), torch.tensor([-2.0]), torch.tensor([2.0]))
+    network = GaussianActor(3, (8,), ActionScale(torch.tensor([-2.0]), torch.tensor([2.0])))
     with torch.no_grad():
         network.head.bias.copy_(torch.tensor([0.5, -1.0]))
     policy.load(network.state_dict())
@@ -134,7 +135,7 @@ class Unbounded(gym.Env):
 def test_environments_without_bounded_box_actions_are_refused():
     gym.register("Unbounded-v0", Unbounded)
     try:
-        with pytest.raises(rb.InvalidInput, match="scales its actions to the bounds of their space"):
+        with pytest.raises(rb.InvalidInput, match="policies scale their actions to the bounds of their space, which has none"):
             vector_inputs_and_bounded_actions("Unbounded-v0")
     finally:
         del gym.registry["Unbounded-v0"]
