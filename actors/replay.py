@@ -1,15 +1,17 @@
 """One actor of off-policy training: step environments, write transitions, follow the learner's parameters."""
 
+import contextlib
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from numpy.typing import NDArray
 
 import rl_buffer as rb
+from actors.environments import ActorEnvs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,13 @@ class Policy(Protocol):
 
 def run_replay_actor(
     address: str,
-    make_envs: Callable[[], VectorEnv],
-    make_policy: Callable[[VectorEnv], Policy],
+    make_envs: Callable[[], Any],
+    make_policy: Callable[[ActorEnvs], Policy],
     *,
     name: str,
     table: str = "replay",
-    seed: int = 0,
+    seed: int | None = None,
+    autoreset: Any = None,
     chunk_size: int = 32,
     refresh_steps: int = 25,
     timeout_s: float = 60.0,
@@ -47,45 +50,39 @@ def run_replay_actor(
 
     Args:
         address: of the server.
-        make_envs: the actor's own vector environment; a lambda is fine.
+        make_envs: the actor's own environments of any kind (`ActorEnvs`); a lambda is fine.
         make_policy: the actor's policy for these environments; it must be able to act before its first `load`.
         name: shown by the trainer and in `client.info()`.
         table: to write to.
-        seed: of the environments.
+        seed: of the environments; None leaves it to them, as EnvPool wants it.
+        autoreset: "next_step", "same_step" or "disabled", where that is not what `envs.metadata` says.
         chunk_size: transitions per commit.
         refresh_steps: vector steps between looks for newer parameters.
         timeout_s: deadline of each wait: for the server, and for a table that takes no rows.
     """
     torch.set_num_threads(1)
     client = rb.connect(address, timeout_s=timeout_s, name=name)
-    envs = make_envs()
-    writer = client.writer(table, envs=envs, chunk_size=chunk_size)  # first: it refuses environments that do not fit
-    policy = make_policy(envs)
-    observations, _ = envs.reset(seed=seed)
-    step = version = 0
-    try:
-        while True:
-            if step % refresh_steps == 0:
+    with ActorEnvs(make_envs(), autoreset) as envs, contextlib.suppress(rb.ServerLost):  # then the run is over
+        writer = client.writer(table, envs=envs, chunk_size=chunk_size)  # first: it refuses those that do not fit
+        policy = make_policy(envs)
+        envs.reset(seed)
+        version = 0
+        for step_number in itertools.count():
+            if step_number % refresh_steps == 0:
                 version, parameters = client.parameters(newer_than=version)
                 if parameters is not None:
                     policy.load(parameters)
-            decision = policy.decide(observations)
-            next_observations, rewards, terminations, truncations, infos = envs.step(decision.actions)
+            decision = policy.decide(envs.observations)
+            step = envs.step(decision.actions)
             writer.add(
-                observations,
+                step.observations,
                 decision.actions,
-                rewards,
-                terminations | truncations,
-                next_observations,
-                truncations,
-                terminated=terminations,
+                step.rewards,
+                step.ended,
+                step.next_observations,
+                step.truncated,
+                terminated=step.terminated,
                 q_taken=decision.q_taken,
                 state_value=decision.state_values,
-                infos=infos,
+                infos=step.infos,
             )
-            observations = next_observations
-            step += 1
-    except rb.ServerLost:
-        return  # the run is over
-    finally:
-        envs.close()

@@ -196,6 +196,8 @@ class PPO(Agent):
 
 def train(agent: PPO, session: Session) -> None:
     """Learn from a rollout of every actor at a time; the actors begin the next ones with what came of it."""
+    # Without parameters nobody acts. Had the first actor some, it would make the rollout of a later one as well.
+    session.wait_for_writers(session.table.fragments_per_update)
     session.publish()
     reader = session.client.rollouts(TABLE, device=agent.options.device, seed=agent.seed)
     discounted = DiscountedReturns(session.table.gamma)

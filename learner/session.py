@@ -28,6 +28,7 @@ _CONFIRMATION_FACTOR = 9
 _TICK_S = 0.25  # between looks at the server's figures, the crew and the clock
 _SAMPLE_TIMEOUT_S = 1.0  # a wait is cut into pieces, so that the crew is tended while it lasts
 _LAST_STEP_TICK_S = 0.02
+_WRITERS_TIMEOUT_S = 30.0
 
 
 class Session:
@@ -152,6 +153,13 @@ class Session:
         while self.goes_on():
             time.sleep(_LAST_STEP_TICK_S)
             self._look()
+
+    def wait_for_writers(self, num_fragments: int) -> None:
+        """Wait until so many fragments are begun, or some seconds: actors begin one before they fetch parameters."""
+        deadline_s = time.monotonic() + _WRITERS_TIMEOUT_S
+        while self.client.info()["tables"][TABLE]["reserved_rows"] < num_fragments and time.monotonic() < deadline_s:
+            time.sleep(_LAST_STEP_TICK_S)
+            self._tick()
 
     # ---- in between ----------------------------------------------------------------------------------------
 

@@ -32,20 +32,26 @@ def autoreset_mode(autoreset: Any) -> Autoreset | None:
     raise InvalidInput(f"autoreset {autoreset!r} is unknown; expected one of {get_args(Autoreset)} or None")
 
 
+def num_envs_of(envs: Any) -> int | None:
+    """How many environments are stepped at once; None for a single one, without environment dimension."""
+    if hasattr(envs, "num_envs"):
+        return int(envs.num_envs)
+    return len(envs) if hasattr(envs, "__len__") else None  # EnvPool before 1.0
+
+
 def stated_autoreset(envs: Any) -> Autoreset | None:
     """What a vector environment says of itself; a single environment is one that its caller resets (None).
 
     Raises:
         InvalidInput: a vector environment without `metadata["autoreset_mode"]`; guessing would store wrong rows.
     """
-    num_envs = getattr(envs, "num_envs", None)
-    if num_envs is None:
+    if num_envs_of(envs) is None:
         return None
     metadata = getattr(envs, "metadata", None)
-    if not isinstance(metadata, Mapping) or "autoreset_mode" not in metadata:
+    if not isinstance(metadata, Mapping) or metadata.get("autoreset_mode") is None:
         raise InvalidInput(
-            f"{type(envs).__name__} does not say how it resets (metadata['autoreset_mode']); pass num_envs={num_envs} "
-            "and autoreset='next_step', 'same_step' or 'disabled'"
+            f"{type(envs).__name__} does not say how it resets (metadata['autoreset_mode']); pass "
+            "autoreset='next_step', 'same_step' or 'disabled'"
         )
     return autoreset_mode(metadata["autoreset_mode"])
 

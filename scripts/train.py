@@ -54,10 +54,11 @@ def main(options: Train) -> None:
     make_policy = algorithm.make_policies(options.crew.num_actors, options.crew.envs_per_actor)
     address = fresh_address()
     with Crew(address, options.env, options.crew, make_policy, algorithm.run_actor, seed=options.seed) as crew:
-        crew.start()  # first: actors take as long to start as the server, and wait for it
+        # What the actors have in common is imported from now on; to start them waits for that.
         agent = algorithm.agent(options.learner, options.env, options.seed)
         title = f"{agent.title}: {options.env}, seed {options.seed}, {run.path}"
         with rb.BufferServer({TABLE: table}, address), Display(title, agent.measures) as display:
+            crew.start()
             session = Session(
                 agent,
                 address,

@@ -1,9 +1,10 @@
 import gymnasium
 import numpy as np
 import pytest
+from episode_envs import EpisodePool
 from gymnasium.vector import AutoresetMode
 
-from rl_buffer.episode_ends import autoreset_mode, final_observation, stated_autoreset
+from rl_buffer.episode_ends import autoreset_mode, final_observation, num_envs_of, stated_autoreset
 from rl_buffer.errors import InvalidInput
 
 
@@ -33,25 +34,35 @@ def test_an_unknown_mode_is_refused(given):
 @pytest.mark.parametrize("mode", AutoresetMode)
 def test_a_vector_environment_says_its_number_and_mode(mode):
     envs = gymnasium.make_vec("CartPole-v1", 3, "sync", vector_kwargs={"autoreset_mode": mode})
+    assert num_envs_of(envs) == 3
     assert stated_autoreset(envs) == autoreset_mode(mode)
     envs.close()
 
 
 def test_a_single_environment_is_one_that_its_caller_resets():
     env = gymnasium.make("CartPole-v1")
+    assert num_envs_of(env) is None
     assert stated_autoreset(env) is None
     env.close()
 
 
-@pytest.mark.parametrize("metadata", [{}, None, {"render_modes": []}, ["autoreset_mode"]])
+@pytest.mark.parametrize("metadata", [{}, None, {"render_modes": []}, ["autoreset_mode"], {"autoreset_mode": None}])
 def test_a_vector_environment_that_does_not_say_how_it_resets_is_refused(metadata):
     class Envs:
         num_envs = 4
 
     envs = Envs()
     envs.metadata = metadata
-    with pytest.raises(InvalidInput, match=r"Envs does not say how it resets .* pass num_envs=4 and autoreset="):
+    with pytest.raises(InvalidInput, match=r"Envs does not say how it resets .* pass autoreset='next_step', "):
         stated_autoreset(envs)
+
+
+@pytest.mark.parametrize("num_envs", [1, 3])
+def test_an_envpool_that_only_knows_its_length_is_a_vector_too(num_envs):
+    pool = EpisodePool(num_envs)
+    assert num_envs_of(pool) == num_envs
+    with pytest.raises(InvalidInput, match="EpisodePool does not say how it resets"):
+        stated_autoreset(pool)
 
 
 class Episodes(gymnasium.Env):

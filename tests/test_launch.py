@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from select import select
 
 import multiprocess
@@ -100,6 +103,116 @@ def test_a_name_is_given_to_one_child_at_a_time(children, pipe, receive, eventua
     assert ended(children, eventually).exit_code == 0
     children.start("child", lambda: None)
     assert ended(children, eventually).exit_code == 0
+
+
+TRAINER = """
+import os, signal, sys, time
+import beside
+from rl_buffer.launch import ProcessGroup
+
+print("imported as", __name__)
+{on_import}
+
+def tell():
+    print("the forkserver imported beside:", beside.importer == os.getppid())
+
+if __name__ == "__main__":
+    with ProcessGroup({preload}) as group:
+        for number in range(3):
+            group.start(f"child-{{number}}", tell)
+        ended, deadline_s = [], time.monotonic() + 30
+        while len(ended) < 3:
+            ended += group.reap()
+            assert time.monotonic() < deadline_s
+        print("exit codes:", *(child.exit_code for child in ended))
+"""
+
+
+@pytest.fixture
+def run_trainer(tmp_path):
+    """Run a script with a module beside it and with three children; return its lines, sorted, and its errors."""
+
+    def run(preload, on_import=""):
+        (tmp_path / "beside.py").write_text("import os; importer = os.getpid()")
+        script = tmp_path / "trainer.py"
+        script.write_text(TRAINER.format(preload=preload, on_import=on_import))
+        # Buffered: then a child could print what is left in a buffer that it got from the forkserver.
+        environment = os.environ | {"PYTHONPATH": str(Path(rb.__file__).parents[1]), "PYTHONUNBUFFERED": ""}
+        ended = subprocess.run(
+            [sys.executable, str(script)], cwd="/", env=environment, capture_output=True, text=True, timeout=50
+        )
+        return sorted(ended.stdout.splitlines()), ended.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("on_import", ["", "os.kill(os.getpid(), signal.SIGINT) if __name__ != '__main__' else None"])
+def test_a_script_is_imported_once_for_all_children_and_ctrl_c_meanwhile_is_for_the_parent(run_trainer, on_import):
+    lines, errors = run_trainer(["__main__"], on_import)
+    assert lines == [
+        "exit codes: 0 0 0",
+        "imported as __main__",
+        "imported as __mp_main__",
+        *["the forkserver imported beside: True"] * 3,
+    ]
+    assert errors == ""
+
+
+@pytest.mark.parametrize(("preload", "imported"), [(["beside"], True), ([], False)])
+def test_a_module_beside_the_script_is_imported_once_if_asked_and_the_script_by_every_child(
+    run_trainer, preload, imported
+):
+    lines, errors = run_trainer(preload)
+    assert lines == [
+        "exit codes: 0 0 0",
+        "imported as __main__",
+        *["imported as __mp_main__"] * 3,
+        *[f"the forkserver imported beside: {imported}"] * 3,
+    ]
+    assert errors == ""
+
+
+@pytest.mark.parametrize(("failure", "num_tracebacks"), [("raise OSError('only once')", 3), ("sys.exit()", 0)])
+def test_a_script_that_cannot_be_imported_again_fails_in_every_child(run_trainer, failure, num_tracebacks):
+    lines, errors = run_trainer(["__main__"], f"if __name__ != '__main__': {failure}")
+    assert lines[0] == "exit codes: 1 1 1"
+    assert errors.count("OSError: only once") == num_tracebacks
+
+
+IMPATIENT_TRAINER = """
+import os, select, sys
+from rl_buffer.launch import ProcessGroup
+
+if __name__ == "__main__":
+    os.mkfifo(os.environ["FIFO"])
+    fifo = os.open(os.environ["FIFO"], os.O_RDWR)
+    with ProcessGroup(["imported"]):
+        print(select.select([fifo], [], [], 30)[0] == [fifo])
+"""
+
+
+def test_entering_a_group_begins_its_imports_before_anything_is_started(tmp_path):
+    (tmp_path / "trainer.py").write_text(IMPATIENT_TRAINER)
+    (tmp_path / "imported.py").write_text("import os; open(os.environ['FIFO'], 'w').write('here')")
+    environment = os.environ | {"PYTHONPATH": str(Path(rb.__file__).parents[1]), "FIFO": str(tmp_path / "fifo")}
+    command = [sys.executable, str(tmp_path / "trainer.py")]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=50)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
+
+
+def test_a_forkserver_that_was_killed_is_replaced_by_another_like_it(children, pipe, receive):
+    told = []
+    for name in ("before", "after"):
+        here, there = pipe()
+        children.start(name, lambda end: end.send((os.getppid(), os.environ["OMP_NUM_THREADS"])), there)
+        told.append(receive(here, children))
+        pidfd = os.pidfd_open(told[-1][0])
+        os.kill(told[-1][0], signal.SIGKILL)
+        assert pidfd_ends(pidfd)
+        os.close(pidfd)
+    (before, num_threads), after = told
+    assert after[0] != before
+    assert after[1] == num_threads == "1"
 
 
 def ignore_signals(end):

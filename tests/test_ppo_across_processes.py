@@ -92,7 +92,7 @@ def one_process(env_id, mode, buffer, gamma):
 
 @pytest.mark.parametrize("mode", ["next_step", "same_step"])
 @pytest.mark.parametrize("env_id", ENV_IDS)
-def test_rollouts_and_networks_are_bit_for_bit_those_of_one_process(children, env_id, mode):
+def test_rollouts_and_networks_are_bit_for_bit_those_of_one_process(children, eventually, env_id, mode):
     spec = transition_spec(env_id)
     crew = CrewOptions(num_actors=NUM_ACTORS, envs_per_actor=E)
     table = ppo_table(TableOptions(num_steps=T), crew, spec)
@@ -110,7 +110,6 @@ def test_rollouts_and_networks_are_bit_for_bit_those_of_one_process(children, en
     with rb.BufferServer({"rollout": table}) as server, rb.connect(server.address) as client:
         address = server.address
         agent = new_agent(env_id)
-        client.publish_parameters(agent.policy.state_dict())
         for number in reversed(range(NUM_ACTORS)):
             children.start(
                 f"actor-{number}",
@@ -123,6 +122,9 @@ def test_rollouts_and_networks_are_bit_for_bit_those_of_one_process(children, en
                     seed=100 + number,
                 ),
             )
+        # As `train` does: each has a fragment before anybody can act.
+        eventually(lambda: client.info()["tables"]["rollout"]["reserved_rows"] == NUM_ACTORS)
+        client.publish_parameters(agent.policy.state_dict())
         discounted = DiscountedReturns(table.gamma)
         num_ends = 0
         with client.rollouts("rollout", seed=SEED) as reader:
