@@ -4,7 +4,9 @@
                         attach.sock    AF_UNIX SEQPACKET, file descriptors
                         control.sock   zmq
 
-An address is `ipc://DIRECTORY`, or the directory alone.
+An address is `ipc://DIRECTORY`, or the directory alone. Nobody but its owner can put anything there, so a socket in it
+is the owner's. A server that serves other users as well makes the directory 0711 and the sockets 0666: they can go
+through it and connect, and each connection is judged by its user.
 """
 
 import contextlib
@@ -19,13 +21,19 @@ from rl_buffer.errors import AddressInUse, ConnectionRefused, InvalidInput
 _SCHEME = "ipc://"
 _MAX_SOCKET_PATH_NBYTES = 107  # sun_path of Linux, less the closing zero
 _LOCK, _ATTACH, _CONTROL = "owner.lock", "attach.sock", "control.sock"
+_PRIVATE, _PASSABLE = _MODES = 0o700, 0o711
+_ROOT = 0
 
 
 class Address:
     """Paths of one server; creating the object touches nothing."""
 
-    def __init__(self, address: str | os.PathLike[str]) -> None:
+    def __init__(self, address: str | os.PathLike[str], server_uid: int | None = None) -> None:
         """Parse `ipc:///some/directory` or `/some/directory`.
+
+        Args:
+            address: the text.
+            server_uid: for clients: the user whose server it is, if that is neither this one nor root.
 
         Raises:
             InvalidInput: another scheme, or too long for a socket path.
@@ -35,6 +43,7 @@ class Address:
             raise InvalidInput(f"address {text!r}: expected {_SCHEME}/some/directory (this version knows one machine)")
         if not text.removeprefix(_SCHEME):
             raise InvalidInput(f"address {text!r} names no directory; expected {_SCHEME}/some/directory")
+        self.server_uids = (os.getuid(), _ROOT) if server_uid is None else (server_uid,)
         self.directory = Path(text.removeprefix(_SCHEME)).absolute()
         self.lock = self.directory / _LOCK
         self.attach = self.directory / _ATTACH
@@ -54,29 +63,47 @@ class Address:
         return f"{_SCHEME}{self.control}"
 
     def check_private(self) -> None:
-        """Refuse a directory that somebody else could have put there.
+        """For servers: refuse a directory in which somebody else could have put something.
 
         Raises:
-            ConnectionRefused: other owner, or accessible to others.
+            ConnectionRefused: other owner, or accessible to others in another way than `acquire` makes it.
         """
-        status = self.directory.stat()
-        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        require_private(self.directory, "so that nobody else can listen there", modes=_MODES)
+
+    def check_trusted(self) -> None:
+        """For clients: the same of a directory of this user, of root or of `server_uid`.
+
+        Raises:
+            ConnectionRefused: other owner, or accessible to others in another way, or not to this user.
+        """
+        with contextlib.suppress(PermissionError):  # of a directory above
+            require_private(
+                self.directory,
+                "so that nobody else can listen there; if you trust another user's server, pass server_uid= to "
+                "rb.connect",
+                owners=self.server_uids,
+                modes=_MODES,
+            )
+        if not os.access(self.directory, os.X_OK):
             raise ConnectionRefused(
-                f"{self.directory} has owner {status.st_uid} and mode {stat.S_IMODE(status.st_mode):04o}; expected "
-                f"owner {os.getuid()} and mode 0700, so that nobody else can listen there"
+                f"{self.directory} is private to its owner, and this process runs as user {os.getuid()}; that server "
+                f"lets it in if it is started with allowed_uids=({os.getuid()},)"
             )
 
-    def acquire(self) -> int:
+    def acquire(self, *, serves_others: bool = False) -> int:
         """Take the owner lock, making the directory where needed; return the lock's descriptor.
 
         Sockets that a killed server left are removed. The lock goes when the descriptor is closed.
+
+        Args:
+            serves_others: let other users go through the directory, to the sockets.
 
         Raises:
             AddressInUse: a live server holds it.
             ConnectionRefused: the directory is not private.
         """
         while True:
-            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.directory.mkdir(mode=_PRIVATE, parents=True, exist_ok=True)
             try:
                 self.check_private()
                 fd = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -96,6 +123,7 @@ class Address:
             os.close(fd)
         for path in (self.attach, self.control):
             path.unlink(missing_ok=True)
+        self.directory.chmod(_PASSABLE if serves_others else _PRIVATE)
         return fd
 
     def release(self, lock_fd: int) -> None:
@@ -105,6 +133,29 @@ class Address:
         with contextlib.suppress(OSError):
             self.directory.rmdir()
         os.close(lock_fd)
+
+
+def require_private(
+    directory: Path, purpose: str, *, owners: tuple[int, ...] = (), modes: tuple[int, ...] = (_PRIVATE,)
+) -> None:
+    """Refuse a directory that is not this user's alone.
+
+    Args:
+        directory: to look at.
+        purpose: what the message ends with.
+        owners: other users that it may belong to instead.
+        modes: that it may have.
+
+    Raises:
+        ConnectionRefused: other owner, or accessible to others.
+    """
+    status = directory.stat()
+    owner, mode, owners = status.st_uid, stat.S_IMODE(status.st_mode), owners or (os.getuid(),)
+    if owner not in owners or mode & 0o077 not in (allowed & 0o077 for allowed in modes):
+        raise ConnectionRefused(
+            f"{directory} has owner {owner} and mode {mode:04o}; expected owner "
+            f"{' or '.join(map(str, dict.fromkeys(owners)))} and mode {_PRIVATE:04o}, {purpose}"
+        )
 
 
 def fresh_address() -> str:

@@ -3,6 +3,12 @@
     FREE --reserve--> RESERVED --commit--> COMMITTED --evict--> FREE
                       RESERVED --release--> FREE
 
+While a table is copied, the rows that were committed when that began are frozen: once evicted they are free, and yet
+not reserved before they have been copied. Both go from the oldest to the newest, so that counters say which they are:
+
+    frozen rows:   oldest ... copied ... evicted ... newest
+                                 |  held  |
+
 Only the server (or the in-process buffer) mutates it. There is no head pointer that a stopped writer could block:
 its rows stay out of both queues, and everything else goes around them. No torch, no sockets, no clock.
 """
@@ -44,6 +50,12 @@ class RowQueue:
             return self._ring[self._head : stop].copy()
         return np.concatenate((self._ring[self._head :], self._ring[: stop - len(self._ring)]))
 
+    def views(self) -> list[Rows]:
+        """All rows, oldest first, as two views that the next push may overwrite; the second is empty mostly. O(1)."""
+        stop = self._head + self.length
+        wrapped = max(0, stop - len(self._ring))
+        return [self._ring[self._head : stop - wrapped], self._ring[:wrapped]]
+
     def pop(self, num_rows: int) -> Rows:
         """Take the oldest `num_rows` rows."""
         rows = self.peek(num_rows)
@@ -70,6 +82,9 @@ class RowAllocator:
         self._free = RowQueue(self.num_rows)
         self._free.push(np.arange(self.num_rows, dtype=np.int64))
         self._committed = RowQueue(self.num_rows)
+        self._num_uncopied = 0  # frozen rows
+        self._num_unevicted = 0  # frozen rows
+        self._num_blocked = 0  # rows of `_free` from the first held one on
 
     @property
     def num_committed(self) -> int:
@@ -79,7 +94,13 @@ class RowAllocator:
     @property
     def num_reservable(self) -> int:
         """Rows that `reserve` can hand out now."""
-        return self.headroom - self.num_reserved
+        num_left = self.headroom - self.num_reserved
+        return min(num_left, self._free.length - self._num_blocked) if self._num_blocked else num_left
+
+    @property
+    def num_held(self) -> int:
+        """Free rows that must be copied before they are reserved."""
+        return max(0, self._num_uncopied - self._num_unevicted)
 
     def reserve(self, num_rows: int) -> Rows:
         """Take `num_rows` free rows for one writer, the longest free first.
@@ -103,16 +124,29 @@ class RowAllocator:
         """
         if len(rows) > self.capacity:
             raise InvalidInput(f"cannot commit {len(rows)} rows at once: capacity is {self.capacity}")
-        evicted = self._committed.pop(max(0, self.num_committed + len(rows) - self.capacity))
+        evicted = self._evict(max(0, self.num_committed + len(rows) - self.capacity))
         self._committed.push(rows)
         self.num_reserved -= len(rows)
-        self._free.push(evicted)
         return evicted
 
     def release(self, rows: Rows) -> None:
         """Free reserved rows that will not be committed."""
         self.num_reserved -= len(rows)
         self._free.push(rows)
+        if self._num_blocked:  # these too, until the held ones before them are copied: few, and not for long
+            self._num_blocked += len(rows)
+
+    def freeze(self) -> list[Rows]:
+        """Freeze what is committed now, and nothing else; return its rows as `RowQueue.views` does. O(1)."""
+        self._num_uncopied = self._num_unevicted = self.num_committed
+        self._num_blocked = 0
+        return self._committed.views()
+
+    def copied(self, num_rows: int) -> None:
+        """`num_rows` more of the frozen rows, the oldest of them, have been copied or need not be. O(1)."""
+        num_held = self.num_held
+        self._num_uncopied = max(0, self._num_uncopied - num_rows)
+        self._num_blocked = self._num_blocked - (num_held - self.num_held) if self.num_held else 0
 
     def committed(self) -> Rows:
         """All committed rows, oldest first. O(num_committed)."""
@@ -141,6 +175,15 @@ class RowAllocator:
 
     def clear(self) -> Rows:
         """Evict every committed row and return them; reservations stay."""
-        evicted = self._committed.pop(self.num_committed)
+        return self._evict(self.num_committed)
+
+    def _evict(self, num_rows: int) -> Rows:
+        evicted = self._committed.pop(num_rows)
         self._free.push(evicted)
+        num_frozen = min(num_rows, self._num_unevicted)
+        self._num_unevicted -= num_frozen
+        if self._num_blocked:
+            self._num_blocked += num_rows
+        elif self._num_uncopied:  # the first held one is among these
+            self._num_blocked = num_rows - num_frozen + self.num_held if self.num_held else 0
         return evicted

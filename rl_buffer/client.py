@@ -1,21 +1,29 @@
-"""`connect` and `Client`: everything that a process does with a server."""
+"""`connect` and `Client`: everything that a process does with a server, and with the next one at its address.
+
+    attached --the server ended--> lost --reconnect--> attached, to a new epoch
+
+While it is lost, calls raise ServerLost. A `Connection` is one epoch; a `Client` has one after the other.
+"""
 
 import contextlib
-import functools
+import itertools
 import operator
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rl_buffer import frames, messages
 from rl_buffer.address import Address
-from rl_buffer.connection import Channel, Connection
-from rl_buffer.episode_ends import autoreset_mode, stated_autoreset
+from rl_buffer.connection import Channel, ChannelUser, Connection
+from rl_buffer.episode_ends import autoreset_mode, num_envs_of, stated_autoreset
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
+from rl_buffer.failpoints import reached
 from rl_buffer.parameters import ParameterSet, as_arrays
 from rl_buffer.spec import Field, TransitionSpec
-from rl_buffer.tables import ReplayTable, RolloutTable
+from rl_buffer.tables import CheckpointReport, ReplayTable, RolloutTable
 from rl_buffer.writer import ReplayWriter
 
 if TYPE_CHECKING:
@@ -28,22 +36,27 @@ if TYPE_CHECKING:
 
 _EXPLAIN_TIMEOUT_S = 1.0
 _POLICY = "policy"  # the parameters that writers report their version of
+_WAY_OUT = "start it with the tables of the one before, or connect again"
 _UNSTATED: Any = object()  # None is a statement: rows are stored as given
 
+_User = TypeVar("_User", bound=ChannelUser)
 
-def connect(address: str, timeout_s: float = 10.0, name: str = "") -> "Client":
+
+def connect(address: str, timeout_s: float = 10.0, name: str = "", *, server_uid: int | None = None) -> "Client":
     """Attach this process to the server at `address`, waiting until `timeout_s` for it to come up.
 
     Args:
         address: `server.address`, `ipc:///some/directory`.
         timeout_s: deadline in seconds, also the default deadline of the client's calls.
         name: shown in `info()`, e.g. "actor-3".
+        server_uid: the user whose server it is, if that is neither this one nor root: whoever serves can read and
+            write all that this process stores.
 
     Raises:
         DeadlineExceeded: no server came up in time.
         ConnectionRefused: other user, other version of rl_buffer, or too many clients.
     """
-    return Client(Connection(Address(address), name, timeout_s), timeout_s)
+    return Client(Connection(Address(address, server_uid), name, timeout_s), timeout_s)
 
 
 class Client:
@@ -56,13 +69,74 @@ class Client:
         self._control = connection.channel()
         self._lock = threading.Lock()
         self._publishing = threading.Lock()
-        self._num_requests = 0
+        self._reconnecting = threading.Lock()
+        self._request_ids = itertools.count(1)
+        self._num_epochs = 1
         self._parameter_sets: dict[str, ParameterSet] = {}
+        self._users: weakref.WeakSet[ChannelUser] = weakref.WeakSet()  # those that somebody still has
 
     @property
     def tables(self) -> dict[str, ReplayTable | RolloutTable]:
         """Every table's configuration by name: spec, capacity, n_step, gamma, ..."""
         return {name: info.config for name, info in self._connection.tables.items()}
+
+    # ---- going on with another server ----------------------------------------------------------------------
+
+    def reconnect(self, timeout_s: float | None = None) -> bool:
+        """After `ServerLost`: attach to the server that is now at the address, and go on there with everything open.
+
+        Writers, samplers and readers stay the same objects. A writer sends again what was not acknowledged, before
+        anything new, with its next chunk, `flush` or `close`; a rollout writer goes on with its fragment. Batches and
+        rollouts that were taken are copies and stay; new priorities and `release` do nothing for what the new server
+        does not have. Versions of parameters begin anew when somebody publishes there; one of before counts as 0.
+
+        No other thread may be in a call of a writer, sampler or reader of this client meanwhile: let each of them end,
+        by ServerLost, first. When this raises, it can be called again.
+
+        Args:
+            timeout_s: how long to wait for a server, by default the client's `timeout_s`.
+
+        Returns:
+            False if the server lives, and there was nothing to do.
+
+        Raises:
+            DeadlineExceeded: no server came up in time.
+            ServerLost: one did, and ended.
+            InvalidInput: its tables are not those of the one before; this client goes on with none but the same.
+            ConnectionRefused, RequestRefused: it does not let this process in, or not with all that is open.
+        """
+        with self._reconnecting:
+            is_lost = self._connection.is_lost
+            if is_lost:
+                self._attach_again(self.timeout_s if timeout_s is None else timeout_s)
+            # Also those that an earlier call did not come to.
+            left = [user for user in self._users if user.is_open and not user.is_on(self._connection)]
+            for user in left:
+                with self._new_channel() as channel:
+                    user._open(channel)
+            return is_lost or bool(left)
+
+    def _attach_again(self, timeout_s: float) -> None:
+        lost = self._connection
+        for user in self._users:
+            if user.is_open:
+                user._rescue()
+        lost.abandon()
+        # Only now: the next server, if it has the same memory, lets others write into what this process held.
+        connection = Connection(lost.address, lost.name, timeout_s, previous=lost)
+        try:
+            _check_same_tables(lost, connection)
+            control = connection.channel()
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            self._connection, self._control = connection, control
+        self._parameter_sets.clear()
+        if connection.epoch != lost.epoch:
+            self.parameter_versions.clear()
+            self._num_epochs += 1
+        lost.close()
 
     # ---- writing and sampling ------------------------------------------------------------------------------
 
@@ -98,7 +172,7 @@ class Client:
             raise InvalidInput("writer needs envs= or num_envs=, and not both")
         if envs is not None:
             _check_spaces(table, config.spec, envs)
-            num_envs = int(getattr(envs, "num_envs", 1))
+            num_envs = num_envs_of(envs) or 1
             mode = stated_autoreset(envs) if autoreset is _UNSTATED else autoreset_mode(autoreset)
         else:
             assert num_envs is not None
@@ -109,21 +183,21 @@ class Client:
                     "envs.metadata['autoreset_mode'], or None to store every row as given; or pass envs="
                 )
             mode = None if autoreset is _UNSTATED else autoreset_mode(autoreset)
-        rows, _ = self._connection.segments[table]
         with self._new_channel() as channel:
-            return ReplayWriter(
-                channel,
-                self._caller(channel),
-                table,
-                config,
-                config.layout.view(rows.buffer, config.num_rows),
-                self._connection.stats_config,
-                num_envs=num_envs,
-                autoreset=mode,
-                chunk_size=chunk_size,
-                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-                explain=self._explainer(table),
-                parameter_version=lambda: self.parameter_versions.get(_POLICY, 0),
+            return self._user(
+                ReplayWriter(
+                    channel,
+                    self._ask,
+                    table,
+                    config,
+                    self._connection.stats_config,
+                    num_envs=num_envs,
+                    autoreset=mode,
+                    chunk_size=chunk_size,
+                    timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                    explain=self._explainer(table),
+                    parameter_version=lambda: self.parameter_versions.get(_POLICY, 0),
+                )
             )
 
     def sampler(
@@ -156,22 +230,21 @@ class Client:
         from rl_buffer.sampler import ReplaySampler  # imports torch
 
         config = self._replay_table(table)
-        rows, generations = self._connection.segments[table]
         with self._new_channel() as channel:
-            return ReplaySampler(
-                channel,
-                self._caller(channel),
-                table,
-                config,
-                rows,
-                generations,
-                batch_size=operator.index(batch_size),
-                beta=beta,
-                prefetch=prefetch,
-                device=device,
-                contiguous=contiguous,
-                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-                explain=self._explainer(table),
+            return self._user(
+                ReplaySampler(
+                    channel,
+                    self._ask,
+                    table,
+                    config,
+                    batch_size=operator.index(batch_size),
+                    beta=beta,
+                    prefetch=prefetch,
+                    device=device,
+                    contiguous=contiguous,
+                    timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                    explain=self._explainer(table),
+                )
             )
 
     def replay_buffer(
@@ -218,24 +291,24 @@ class Client:
             raise InvalidInput("rollout_writer needs envs=, or autoreset= as in envs.metadata['autoreset_mode']")
         if envs is not None:
             _check_spaces(table, config.spec, envs)
-            num_envs = int(getattr(envs, "num_envs", 1))
+            num_envs = num_envs_of(envs) or 1
             if num_envs != config.num_envs:
                 raise InvalidInput(f"envs has {num_envs} environments, but table {table!r} is for {config.num_envs}")
         mode = stated_autoreset(envs) if autoreset is _UNSTATED else autoreset_mode(autoreset)
-        rows, _ = self._connection.segments[table]
         with self._new_channel() as channel:
-            return RolloutWriter(
-                channel,
-                self._caller(channel),
-                table,
-                config,
-                config.layout.view(rows.buffer, config.num_rows),
-                self._connection.stats_config,
-                number=operator.index(number),
-                autoreset=mode,
-                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-                explain=self._explainer(table),
-                parameter_version=lambda: self.parameter_versions.get(config.parameters, 0),
+            return self._user(
+                RolloutWriter(
+                    channel,
+                    self._ask,
+                    table,
+                    config,
+                    self._connection.stats_config,
+                    number=operator.index(number),
+                    autoreset=mode,
+                    timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                    explain=self._explainer(table),
+                    parameter_version=lambda: self.parameter_versions.get(config.parameters, 0),
+                )
             )
 
     def rollouts(
@@ -260,19 +333,19 @@ class Client:
         from rl_buffer.rollout_reader import RolloutReader  # imports torch
 
         config = self._rollout_table(table)
-        rows, _ = self._connection.segments[table]
         with self._new_channel() as channel:
-            return RolloutReader(
-                channel,
-                self._caller(channel),
-                table,
-                config,
-                rows,
-                device=device,
-                seed=seed,
-                timeout_s=self.timeout_s if timeout_s is None else timeout_s,
-                explain=self._explainer(table),
-                newest_version=lambda: self.parameter_versions.get(config.parameters, 0),
+            return self._user(
+                RolloutReader(
+                    channel,
+                    self._ask,
+                    table,
+                    config,
+                    device=device,
+                    seed=seed,
+                    timeout_s=self.timeout_s if timeout_s is None else timeout_s,
+                    explain=self._explainer(table),
+                    newest_version=lambda: self.parameter_versions.get(config.parameters, 0),
+                )
             )
 
     # ---- parameters ----------------------------------------------------------------------------------------
@@ -307,9 +380,12 @@ class Client:
         with self._publishing:  # the server grants a slot to the process, not to the thread
             slot = self._call(messages.ReserveParameters(name), timeout_s)
             assert isinstance(slot, messages.Slot)
+            reached("publisher.reserved")
             parameters.write(slot.slot, arrays)
+            reached("publisher.written")
             published = self._call(messages.PublishParameters(name, slot.slot), timeout_s)
             assert isinstance(published, messages.Slot)
+            reached("publisher.published")
         self.parameter_versions[name] = published.version
         return published.version
 
@@ -322,14 +398,17 @@ class Client:
 
         Args:
             name: of the set.
-            newer_than: the version that the caller has; 0 for none.
+            newer_than: the version that the caller has; 0 for none. One of an earlier server counts as 0.
             timeout_s: how long to wait for a newer one; 0 only looks.
             as_numpy: arrays instead of tensors, without importing torch.
 
         Returns:
             (version, state dict), or (newer_than, None) if there is none newer.
+
+        Raises:
+            ServerLost: the server ended.
         """
-        self._connection.check()
+        self._connection.check_server()
         deadline_s = time.monotonic() + timeout_s
         parameters = self._parameter_sets.get(name)
         while parameters is None:
@@ -342,7 +421,8 @@ class Client:
                 self._connection.pause(0.01)
             else:
                 self._parameter_sets[name] = parameters
-        if not parameters.wait_for_newer(newer_than, deadline_s):
+        is_of_this_epoch = self._num_epochs == 1 or newer_than <= self.parameter_versions.get(name, 0)
+        if not parameters.wait_for_newer(newer_than if is_of_this_epoch else 0, deadline_s):
             return newer_than, None
         version, arrays = parameters.read(self.timeout_s)
         self.parameter_versions[name] = version
@@ -369,6 +449,38 @@ class Client:
     def clear(self, table: str) -> None:
         """Forget all transitions of a table. Limiter counts and what writers hold uncommitted stay."""
         self._call(messages.Clear(table))
+
+    def checkpoint(self, path: str | os.PathLike[str], timeout_s: float = 600.0) -> CheckpointReport:
+        """Write all that the server holds at one moment to one file, while everybody goes on.
+
+        Every committed transition with its priority, finished rollouts, the limiters' counts, statistics and newest
+        parameters, of all tables together; `BufferServer(..., restore=path)` begins with it. What was at `path` is
+        replaced when the new file is whole and on the disk, whoever is killed meanwhile. The server writes it, as its
+        own user, into a directory that is there.
+
+        Args:
+            path: of the file; a relative one is this process's.
+            timeout_s: deadline in seconds. A checkpoint that was begun and not finished by then goes on: see `info`.
+
+        Returns:
+            What was saved, and for how long the server and its writers stood still for it.
+
+        Raises:
+            RequestRefused: another checkpoint is being written, or this one cannot be, such as for want of room. What
+                was at `path` is as it was.
+        """
+        request = messages.Checkpoint(os.path.abspath(path))
+        with self._new_channel() as channel:  # of its own: other requests need not wait for the answer
+            try:
+                reply = self._call(request, timeout_s, channel)
+            except DeadlineExceeded as error:
+                raise DeadlineExceeded(
+                    f"the checkpoint {request.path} was not finished within {timeout_s} s; the server may go on with "
+                    "it (see info()), or is stopped"
+                ) from error
+            channel.close()
+        assert isinstance(reply, CheckpointReport)
+        return reply
 
     def close(self) -> None:
         """Detach. Rows that writers of this client still hold come back when the process ends; close them first."""
@@ -413,38 +525,43 @@ class Client:
             channel.close()
             raise
 
-    def _caller(self, channel: Channel) -> Callable[[messages.Request], messages.Reply]:
+    def _user(self, user: _User) -> _User:
+        """Remember whom `reconnect` brings a new channel."""
+        self._users.add(user)
+        return user
+
+    def _ask(self, channel: Channel, request: messages.Request) -> messages.Reply:
         """How a writer or sampler asks: on its own channel, in order with everything else that it sends.
 
         On the control channel OpenWriter overtook the handshake of the new channel's socket, and the server dropped
         the Grant that it could not route yet (4 of 10 on an idle machine); a CloseChannel could overtake the last
         priorities.
         """
-        return functools.partial(self._call, channel=channel)
+        return self._call(request, channel=channel)
 
     def _call(
         self, request: messages.Request, timeout_s: float | None = None, channel: Channel | None = None
     ) -> messages.Reply:
         """One request, one reply."""
-        self._connection.check()
-        channel = self._control if channel is None else channel
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
-        with self._lock:
-            self._num_requests += 1
-            envelope = messages.Envelope(self._num_requests, self._connection.epoch, request)
+        request_id = next(self._request_ids)
+        with self._lock if channel is None else contextlib.nullcontext():  # any other belongs to this thread
+            channel = self._control if channel is None else channel
+            envelope = messages.Envelope(request_id, channel.connection.epoch, request)
             channel.send(messages.encode_control(envelope))
+            reached("client.asked")
             while True:
                 frame = channel.receive(max(0.0, deadline_s - time.monotonic()))
                 if frame is None:
                     raise DeadlineExceeded(
-                        f"{type(request).__name__}: the server at {self._connection.address} did not answer within "
+                        f"{type(request).__name__}: the server at {channel.connection.address} did not answer within "
                         f"{timeout_s} s; it is stopped or overloaded"
                     )
                 if frames.kind_of(frame) != frames.CONTROL:
                     continue  # a grant or batch that nobody will look at any more: this is CloseChannel
                 answer = messages.decode_control_reply(frame)
-                if answer.request_id == self._num_requests:  # else one that came after its deadline
+                if answer.request_id == request_id:  # else one that came after its deadline
                     break
         if isinstance(answer.reply, messages.Refused):
             raise RequestRefused(answer.reply.reason)
@@ -476,3 +593,22 @@ def _check_spaces(table: str, spec: TransitionSpec, envs: Any) -> None:
         mine, other = ours.get(path), theirs.get(path)
         if mine is None or other is None or mine.shape != other.shape:
             raise InvalidInput(f"table {table!r} stores {path} as {mine}, but the environment has {other}")
+
+
+def _check_same_tables(old: Connection, new: Connection) -> None:
+    """Refuse a server on which open writers and samplers could not go on as they are."""
+    for name, info in old.tables.items():
+        other = new.tables.get(name)
+        if other is None:
+            raise InvalidInput(f"the server that is now at {new.address} has no table {name!r}; {_WAY_OUT}")
+        for field in type(info.config).__struct_fields__:
+            mine, theirs = getattr(info.config, field), getattr(other.config, field, None)
+            if mine != theirs:
+                raise InvalidInput(
+                    f"table {name!r} of the server that is now at {new.address} has {field} {theirs}, not {mine}; "
+                    f"{_WAY_OUT}"
+                )
+        if info.digest != other.digest:
+            raise InvalidInput(f"table {name!r} of the server that is now at {new.address} has other rows; {_WAY_OUT}")
+    if old.stats_config != new.stats_config:
+        raise InvalidInput(f"the server that is now at {new.address} keeps other statistics; {_WAY_OUT}")

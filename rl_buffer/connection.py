@@ -2,16 +2,21 @@
 
 Nothing here knows what the messages mean. Every wait watches the server's process as well, so that a killed server
 ends it at once and not at the deadline.
+
+A connection is to one epoch, and once it is lost it stays so. What goes on over several servers are a `Client`, which
+holds one connection after the other, and the `ChannelUser`s that it made.
 """
 
 import contextlib
 import itertools
 import math
 import os
+import select
 import socket
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Self
 
@@ -28,6 +33,7 @@ from rl_buffer.errors import (
     RLBufferError,
     ServerLost,
 )
+from rl_buffer.failpoints import reached
 from rl_buffer.peers import peer_process, readable
 from rl_buffer.storage import ProcessGuard, Segment
 
@@ -41,25 +47,36 @@ _open_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
 class Connection:
     """Attached to one server epoch, in the process that made it."""
 
-    def __init__(self, address: Address, name: str, timeout_s: float) -> None:
+    def __init__(self, address: Address, name: str, timeout_s: float, previous: "Connection | None" = None) -> None:
         """Attach, waiting for a server that is not there yet.
+
+        Args:
+            address: of the server.
+            name: for its `info`.
+            timeout_s: deadline in seconds.
+            previous: one that this takes the place of, abandoned: the server may free what it held.
 
         Raises:
             DeadlineExceeded: none came up, or it did not answer.
             ConnectionRefused: it does not let this process in.
+            ServerLost: one came up, and ended.
         """
         _check_processor()
         self.address = address
+        self.name = name
+        self.token = b""  # until the server says which
         self.guard = ProcessGuard()
         self._lock = threading.Lock()
         self._channel_numbers = itertools.count(1)
         self._channels: set[Channel] = set()  # open ones; kept, so that one whose owner is dropped ends in `close`
         self._closed = False
+        self._abandoned = False
         self._socket, self._server_pidfd = _connect(address, time.monotonic() + timeout_s, timeout_s)
+        reached("attach.connected")
         self._context = zmq.Context()
         _open_connections.add(self)
         try:
-            hello = messages.Hello(messages.PROTOCOL_VERSION, name)
+            hello = messages.Hello(messages.PROTOCOL_VERSION, name, b"" if previous is None else previous.token)
             with self.request(hello, timeout_s) as (reply, segment):
                 if isinstance(reply, messages.Refused):
                     raise ConnectionRefused(f"{address} refused: {reply.reason}")
@@ -67,6 +84,7 @@ class Connection:
                     raise InvalidInput(
                         f"{address} answered Hello with {type(reply).__name__}; is it an rl_buffer server?"
                     )
+                reached("attach.welcomed")
                 self.epoch = reply.epoch
                 self.token = reply.token
                 self.stats_config = reply.stats
@@ -75,6 +93,7 @@ class Connection:
                     name: (segment(info.rows, True), segment(info.generations, False))
                     for name, info in reply.tables.items()
                 }
+            reached("attach.mapped")
         except BaseException:
             self.close()
             raise
@@ -88,10 +107,11 @@ class Connection:
         fds: list[int] = []
         with self._lock:
             try:
-                self._socket.send(messages.encode_attach(request))
+                with contextlib.suppress(BrokenPipeError):  # the server closed it, and has said why
+                    self._socket.send(messages.encode_attach(request))
                 if not readable(self._socket.fileno(), timeout_s):
                     raise DeadlineExceeded(f"{self.address} did not answer within {timeout_s} s; is it stopped?")
-                packet, fds, _, _ = socket.recv_fds(self._socket, messages.MAX_ATTACH_NBYTES, _MAX_FDS_PER_PACKET)
+                packet, fds = _receive(self._socket)
             except OSError as error:
                 if isinstance(error, DeadlineExceeded):
                     raise
@@ -101,7 +121,7 @@ class Connection:
                 raise server_lost(self.address)
             yield (
                 messages.decode_attach_reply(packet),
-                lambda info, writable: Segment(fds[info.position], info.nbytes, writable=writable),
+                lambda info, writable: Segment(fds[info.position], info.nbytes, writable=writable, sealed=info.sealed),
             )
         finally:
             for fd in fds:
@@ -123,22 +143,61 @@ class Connection:
 
         Raises:
             ServerLost: its process ended.
+            Closed, ForkedClient: see `check`.
         """
+        self.check()
         if readable(self._server_pidfd, seconds):
             raise server_lost(self.address)
 
     def check(self) -> None:
-        """Raise if this connection cannot be used here and now."""
+        """Raise if this connection cannot be used here and now; whether the server lives is not looked at.
+
+        Raises:
+            ForkedClient: in a forked child.
+            ServerLost: it was abandoned.
+            Closed: it was closed.
+        """
         self.guard.check()
+        if self._abandoned:
+            raise server_lost(self.address)
+        self._check_open()
+
+    def check_server(self) -> None:
+        """As `check`, and ServerLost if the server's process ended. 0.5 us."""
+        self.pause(0.0)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the server ended or hung up.
+
+        Raises:
+            Closed, ForkedClient: see `check`.
+        """
+        self.guard.check()
+        self._check_open()
+        return self._abandoned or readable(self._server_pidfd, 0.0) or self._hung_up()
+
+    def _check_open(self) -> None:
         if self._closed:
             raise Closed(f"the client of {self.address} was closed")
+
+    def _hung_up(self) -> bool:
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
+    def abandon(self) -> None:
+        """Raise ServerLost from every call from now on: not even the memory will be touched again."""
+        self._abandoned = True
 
     def close(self) -> None:
         """Give up sockets. Mapped memory stays valid as long as arrays refer to it."""
         if not self._closed:
             self._closed = True
             self._context.destroy(linger=0)
-            self.close_descriptors()
+            self._channels.clear()
+            with self._lock:  # a request of another thread ends first
+                self.close_descriptors()
 
     def close_descriptors(self) -> None:
         """The part of `close` that a forked child may do: the descriptors are its own copies."""
@@ -163,7 +222,6 @@ class Channel:
         self._socket = context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.IDENTITY, connection.token + number.to_bytes(4, "little"))
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDTIMEO, _SEND_TIMEOUT_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frames.MAX_MESSAGE_NBYTES)
         self._socket.connect(connection.address.control_endpoint)
         self._server_pidfd = server_pidfd
@@ -176,15 +234,27 @@ class Channel:
 
         Raises:
             DeadlineExceeded: the server has not read for so long that the queue is full.
+            ServerLost: its process ended.
             Closed, ForkedClient: see `Connection.check`.
         """
-        self.connection.check()
+        self.connection.check_server()
         try:
-            self._socket.send(frame)
-        except zmq.Again as error:
+            self._socket.send(frame, zmq.NOBLOCK)
+        except zmq.Again:
+            self._wait_until_read()
+            self._socket.send(frame, zmq.NOBLOCK)
+
+    def _wait_until_read(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLOUT)
+        poller.register(self._server_pidfd, zmq.POLLIN)
+        ready = dict(poller.poll(_SEND_TIMEOUT_MS))
+        if self._server_pidfd in ready:
+            raise server_lost(self.connection.address)
+        if not ready:
             raise DeadlineExceeded(
                 f"the server at {self.connection.address} has not read a message for {_SEND_TIMEOUT_MS / 1000} s"
-            ) from error
+            )
 
     def receive(self, timeout_s: float) -> bytes | None:
         """The next frame, or None at the deadline. Zero does not wait.
@@ -197,6 +267,7 @@ class Channel:
         self.connection.check()
         frame = self._receive(timeout_s)
         if frame is not None and frames.kind_of(frame) == frames.REFUSAL:
+            self.connection.check()  # it may have been abandoned meanwhile, which is the reason then
             epoch, reason = frames.decode_refusal(frame)
             if epoch != self.connection.epoch:  # zmq reconnected by itself to whoever has the address now
                 raise server_lost(self.connection.address)
@@ -215,31 +286,58 @@ class Channel:
             raise server_lost(self.connection.address)
         return None
 
-    def leave(self, call: "Callable[[messages.Request], messages.Reply]") -> None:
-        """Tell the server, by `call`, that this channel's writer, sampler or reader is done, and close."""
-        try:
-            call(messages.CloseChannel(self.number))
-        finally:
-            self.close()
-
     def close(self) -> None:
         """Close the socket; unsent frames are dropped."""
         self._socket.close()
         self.connection.forget(self)
 
 
-class ChannelUser:
-    """The end of whatever owns a channel and holds nothing that must be sent first; its leases go back."""
+class ChannelUser(ABC):
+    """What lives on a channel of its own: a writer, sampler or reader.
+
+        open --the server ended--> lost --(Client.reconnect: _rescue, then _open on a channel of the next one)--> open
+        open --close--> closed, for good
+
+    While it is lost its calls raise ServerLost, and have done nothing. One thread at a time, `reconnect` included.
+    """
 
     _channel: Channel
-    _call: "Callable[[messages.Request], messages.Reply]"
-    _closed: bool
+    _call: "Callable[[Channel, messages.Request], messages.Reply]"
+    _closed = False
+
+    @abstractmethod
+    def _open(self, channel: Channel) -> None:
+        """Begin on this channel, or go on: forget the one before, and what belonged to its server.
+
+        Raises:
+            RequestRefused, DeadlineExceeded, ServerLost: nothing has changed.
+        """
+
+    @abstractmethod
+    def _rescue(self) -> None:
+        """Copy out of a lost server's memory what the next one shall have, and write there no more. Twice is fine."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it was not closed; it may be lost."""
+        return not self._closed
+
+    def is_on(self, connection: Connection) -> bool:
+        """Whether its channel is one of this connection."""
+        return self._channel.connection is connection
 
     def close(self) -> None:
         """Stop, and give back what is held. Twice is fine."""
+        self._leave()
+
+    def _leave(self) -> None:
+        """Close the channel without sending anything first; the server takes back what this holds."""
         if not self._closed:
             self._closed = True
-            self._channel.leave(self._call)
+            try:
+                self._call(self._channel, messages.CloseChannel(self._channel.number))
+            finally:
+                self._channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -249,7 +347,16 @@ class ChannelUser:
             self.close()
         else:
             with contextlib.suppress(RLBufferError):  # the block's error matters more
-                self.close()
+                self._leave()
+
+
+def _receive(attach: socket.socket) -> tuple[bytes, list[int]]:
+    """The next packet and its descriptors; b"" at the end."""
+    try:
+        packet, fds, _, _ = socket.recv_fds(attach, messages.MAX_ATTACH_NBYTES, _MAX_FDS_PER_PACKET)
+    except ConnectionResetError:  # closed before it read our request; what it said before, perhaps why, is still there
+        packet, fds, _, _ = socket.recv_fds(attach, messages.MAX_ATTACH_NBYTES, _MAX_FDS_PER_PACKET)
+    return packet, fds
 
 
 def _check_processor() -> None:
@@ -261,7 +368,10 @@ def _check_processor() -> None:
 
 def server_lost(address: Address) -> ServerLost:
     """The error of every call that finds the server's process gone."""
-    return ServerLost(f"the server at {address} ended; start it and connect again. What was not acknowledged is lost")
+    return ServerLost(
+        f"the server at {address} ended; start one there and call client.reconnect(), or connect again without what it "
+        "had not acknowledged"
+    )
 
 
 def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[socket.socket, int]:
@@ -269,11 +379,11 @@ def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[soc
     while True:
         attach = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            address.check_private()
+            address.check_trusted()
             attach.setblocking(False)  # a stopped server's full backlog would block connect() for ever
             attach.connect(os.fspath(address.attach))
             attach.setblocking(True)
-            return attach, peer_process(attach)[1]
+            return attach, peer_process(attach, address.server_uids)[2]
         # ProcessLookupError: it was killed between the two calls.
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError, ProcessLookupError) as error:
             attach.close()

@@ -18,7 +18,7 @@ class DeadlineExceeded(RLBufferError, TimeoutError):
 
 
 class ServerLost(RLBufferError, ConnectionError):
-    """The server ended or was killed. Uncommitted rows are gone; connect again to go on."""
+    """The server ended or was killed. `Client.reconnect` goes on with the next one at its address."""
 
 
 class ConnectionRefused(RLBufferError, ConnectionError):

@@ -7,7 +7,7 @@ messages off the hot path are in `messages`.
 """
 
 import struct
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
@@ -21,17 +21,18 @@ _Message = TypeVar("_Message")
 
 MAX_MESSAGE_NBYTES = 16 << 20
 MAX_ROWS_PER_MESSAGE = 1 << 18  # 256 Ki rows of 32 bytes stay under the message limit
+MAX_EPISODES_PER_MESSAGE = MAX_ROWS_PER_MESSAGE // 2  # as many as rows in a commit; each costs the server 5 us
 TOKEN_NBYTES = 16
 CHANNEL_ID_NBYTES = TOKEN_NBYTES + 4
 
-_EPISODES = msgspec.msgpack.Decoder(list[Episode])
+_EPISODES = msgspec.msgpack.Decoder(Annotated[list[Episode], msgspec.Meta(max_length=MAX_EPISODES_PER_MESSAGE)])
 
 # First byte of every zmq frame.
 CONTROL, COMMIT, GRANT, CREDIT, BATCH, REFUSAL = range(1, 7)
 
 _HEAD = struct.Struct("<B3xIQ")
 _COMMIT = struct.Struct("<B3xIQQqII")
-_GRANT = struct.Struct("<B3xIQQ")
+_GRANT = struct.Struct("<B3xIQQQ")
 _CREDIT = struct.Struct("<B3xIQII")
 _BATCH = struct.Struct("<B3xIQQdI4x")
 
@@ -78,18 +79,21 @@ class Grant(NamedTuple):
     """Server to writer: commits up to `acknowledged` are published; these rows are yours to write, in this order."""
 
     epoch: int
+    number: int  # 1, 2, ... per channel
     acknowledged: int
     rows: NDArray[np.int64]
 
     def encode(self) -> bytes:
         """One frame."""
-        return _GRANT.pack(GRANT, len(self.rows), self.epoch, self.acknowledged) + self.rows.tobytes()
+        return _GRANT.pack(GRANT, len(self.rows), self.epoch, self.number, self.acknowledged) + self.rows.tobytes()
 
 
-def decode_grant(frame: bytes) -> Grant:
-    """Unpack; raises InvalidInput."""
-    _, num_rows, epoch, acknowledged = _unpack(_GRANT, frame)
-    return Grant(epoch, acknowledged, _array(frame, _GRANT.size, num_rows, np.int64))
+def decode_grant(frame: bytes, expected_number: int | None = None) -> Grant:
+    """Unpack; raises InvalidInput, also where another grant was expected: then the two sides' queues of rows differ."""
+    _, num_rows, epoch, number, acknowledged = _unpack(_GRANT, frame)
+    if expected_number not in (None, number):
+        raise InvalidInput(f"grant {number} came instead of {expected_number}; close this writer and make a new one")
+    return Grant(epoch, number, acknowledged, _array(frame, _GRANT.size, num_rows, np.int64))
 
 
 class Credit(NamedTuple):

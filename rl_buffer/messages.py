@@ -14,9 +14,9 @@ import msgspec
 
 from rl_buffer.frames import CONTROL, decode_msgpack
 from rl_buffer.spec import Field
-from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
+from rl_buffer.tables import CheckpointReport, ReplayTable, RolloutTable, StatsConfig
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_ATTACH_NBYTES = 1 << 17  # one SEQPACKET message; a network of 1,000 tensors needs about 50 KB
 
 # ---- control requests and replies ------------------------------------------------------------------------
@@ -29,13 +29,16 @@ class _Request(msgspec.Struct, frozen=True, tag=True):
 class OpenWriter(_Request, frozen=True):
     """Let channel `channel` of this client write to `table`; a Grant of `num_wanted` rows follows the reply Opened.
 
-    Its commits are of at most `max_commit_rows`, and it never asks to hold more than `num_wanted` rows at once.
+    Its commits are of at most `max_commit_rows`, and it never asks to hold more than `num_wanted` rows at once. One
+    that goes on, because its server or its connection was lost, says which `writer_id` it had.
     """
 
     channel: int
     table: str
     max_commit_rows: int
     num_wanted: int
+    writer_id: bytes = b""  # 16 random bytes, made once per writer; none: it will not go on
+    acknowledged: int = 0  # the last commit of which it knows that all is published
 
 
 class OpenSampler(_Request, frozen=True):
@@ -92,6 +95,12 @@ class GetStats(_Request, frozen=True):
     """The merged StatsTracker. The reply is Value with a dict."""
 
 
+class Checkpoint(_Request, frozen=True):
+    """Write everything to the file `path`, absolute. The reply is CheckpointReport, when it is on the disk."""
+
+    path: str
+
+
 Request = (
     OpenWriter
     | OpenSampler
@@ -103,11 +112,19 @@ Request = (
     | GetSize
     | GetInfo
     | GetStats
+    | Checkpoint
 )
 
 
 class Opened(msgspec.Struct, frozen=True, tag=True):
-    """Done; nothing more to say."""
+    """Done. Of a writer the server knows more: how much of what it sent is published, and must not be sent again.
+
+    Commits up to `sequence` are, and of the next one, as it was first sent, the first `num_published` rows. The commits
+    on this channel are numbered `sequence` + 1, `sequence` + 2, ...
+    """
+
+    sequence: int = 0
+    num_published: int = 0
 
 
 class Slot(msgspec.Struct, frozen=True, tag=True):
@@ -129,7 +146,7 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-Reply = Opened | Slot | Value | Refused
+Reply = Opened | Slot | Value | CheckpointReport | Refused
 
 
 class Envelope(msgspec.Struct, frozen=True, array_like=True):
@@ -156,6 +173,7 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
     protocol_version: int
     name: str  # shown in info(), e.g. "actor-3"
+    previous: bytes = b""  # the token of this process's session before: nothing is written any more into what it held
 
 
 class SegmentInfo(msgspec.Struct, frozen=True):
@@ -163,6 +181,7 @@ class SegmentInfo(msgspec.Struct, frozen=True):
 
     position: int
     nbytes: int
+    sealed: bool = True  # False: a file of a directory
 
 
 class TableInfo(msgspec.Struct, frozen=True):
@@ -254,6 +273,9 @@ class ServerConfig(msgspec.Struct, frozen=True):
     tables: dict[str, ReplayTable | RolloutTable]
     stats: StatsConfig
     parent_pid: int
+    restore: str | None = None  # path of a checkpoint
+    directory: str | None = None  # where the tables are kept; None: in memory that ends with the server
+    allowed_uids: tuple[int, ...] = ()  # users besides the server's own whose processes may attach
 
 
 class ServerStatus(msgspec.Struct, frozen=True):

@@ -27,6 +27,7 @@ class ParameterSlots:
         self._slot_versions = board[FIRST_SLOT_VERSION:]
         self._holder: object | None = None
         self._held_slot = -1
+        self._frozen_slot = -1
 
     @property
     def version(self) -> int:
@@ -42,7 +43,10 @@ class ParameterSlots:
         if self._holder is not None and self._holder != publisher:
             raise InvalidInput("another client is publishing this parameter set; one publisher at a time")
         if self._holder is None:
-            self._held_slot = int(self._slot_versions.argmin())  # never the newest: its version is the largest
+            versions = self._slot_versions.copy()
+            if self._frozen_slot >= 0:
+                versions[self._frozen_slot] = versions.max()
+            self._held_slot = int(versions.argmin())  # never the newest: its version is the largest
             self._slot_versions[self._held_slot] = 0  # a reader in the midst of copying it will see this
             self._holder = publisher
         return self._held_slot
@@ -62,6 +66,27 @@ class ParameterSlots:
         self._board[NEWEST_VERSION] = version
         self._holder = None
         return version
+
+    def freeze(self) -> int:
+        """The newest slot; it stays as it is until it is `copied`."""
+        self._frozen_slot = int(self._board[NEWEST_SLOT])
+        return self._frozen_slot
+
+    def copied(self, num_slots: int) -> None:
+        """`num_slots` of the one that was frozen have been copied or need not be."""
+        if num_slots:
+            self._frozen_slot = -1
+
+    def restore(self, version: int) -> None:
+        """Make slot 0, which was filled, the newest of a new set.
+
+        Raises:
+            InvalidInput: there is no such version.
+        """
+        if not 1 <= version < 2**63:
+            raise InvalidInput(f"version {version} of parameters; expected 1..2^63 - 1")
+        self._slot_versions[0] = self._board[NEWEST_VERSION] = version
+        self._board[NEWEST_SLOT] = 0
 
     def is_held_by(self, publisher: object) -> bool:
         """Whether `publisher` reserved a slot and has not published it yet."""

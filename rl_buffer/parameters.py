@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from rl_buffer import messages
 from rl_buffer.connection import Connection
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused
+from rl_buffer.failpoints import reached
 from rl_buffer.parameter_slots import FIRST_SLOT_VERSION, NEWEST_SLOT, NEWEST_VERSION
 from rl_buffer.spec import Field, RowLayout
 
@@ -45,6 +46,7 @@ class ParameterSet:
             layout = RowLayout(self.fields)
             self._slots = layout.view(segment(reply.rows, True).buffer, reply.num_slots)
             self._board = segment(reply.board, False).array("int64")
+        reached("parameters.mapped" if create is None else "publisher.mapped")
 
     @property
     def newest_version(self) -> int:
@@ -63,6 +65,7 @@ class ParameterSet:
         """Fill a slot that the server granted."""
         for key, array in arrays.items():
             self._slots[key][slot] = array
+            reached("publisher.half_written")
 
     def read(self, timeout_s: float) -> tuple[int, dict[str, NDArray[Any]]]:
         """Copy out the newest version, again if the publisher laps us.
@@ -75,7 +78,9 @@ class ParameterSet:
             slot = int(self._board[NEWEST_SLOT])
             version = int(self._board[FIRST_SLOT_VERSION + slot])
             arrays = {key: np.array(self._slots[key][slot]) for key in self.fields}  # in the publisher's order
+            reached("parameters.half_read")
             if version and self._board[FIRST_SLOT_VERSION + slot] == version:
+                reached("parameters.read")
                 return version, arrays
             if time.monotonic() > deadline_s:
                 raise DeadlineExceeded(f"parameters {self.name!r} change faster than they can be read")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rl_buffer.episode_ends import Autoreset
-from rl_buffer.errors import DeadlineExceeded, InvalidInput
+from rl_buffer.errors import DeadlineExceeded, InvalidInput, ServerLost
 from rl_buffer.inputs import as_flags, copy_numbers
 from rl_buffer.offline import checked_leaves
 from rl_buffer.samplers import Prioritized
@@ -122,6 +122,7 @@ class ReplayInput(ABC):
             InvalidInput: a wrong shape, dtype, NaN or infinity, by name. Nothing was added.
             DeadlineExceeded: the table took no rows for `timeout_s`; the message says why. Nothing was added, so
                 the same call may be made again.
+            ServerLost: of a writer, whose server ended. Nothing was added: it is for after `Client.reconnect`.
         """
         self._make_room()
         staged = self._history.stage(
@@ -179,6 +180,7 @@ class ReplayInput(ABC):
         Raises:
             InvalidInput: a part is missing or has a wrong shape, dtype or value, by name. Nothing was added.
             DeadlineExceeded: of a writer, whose table took only some of them in time; the message says how many.
+            ServerLost: of a writer, whose server ended; likewise.
         """
         self.flush()
         num_rows, leaves = checked_leaves(self.table, batch)
@@ -198,5 +200,5 @@ class ReplayInput(ABC):
 
             try:
                 self._commit(part.stop - start, copy_rows, None if errors is None else errors[part])
-            except DeadlineExceeded as error:
-                raise DeadlineExceeded(f"{error}; the first {start} of {num_rows} items were added") from error
+            except (DeadlineExceeded, ServerLost) as error:
+                raise type(error)(f"{error}; the first {start} of {num_rows} items were added") from error

@@ -16,20 +16,24 @@ from numpy.typing import NDArray
 
 from rl_buffer.allocator import RowAllocator, Rows
 from rl_buffer.errors import InvalidInput
+from rl_buffer.failpoints import reached
 from rl_buffer.rate_limiters import RateLimiter
 from rl_buffer.samplers import make_sampler
-from rl_buffer.tables import ReplayTable, Sample
+from rl_buffer.tables import ReplayTable, Sample, TableCut
 
 
 class ReplayTableState:
     """The table's changing part. Every method either does all of its work or raises and does none."""
 
-    def __init__(self, config: ReplayTable, generations: NDArray[np.int64]) -> None:
+    def __init__(
+        self, config: ReplayTable, generations: NDArray[np.int64], masses: NDArray[np.float64] | None = None
+    ) -> None:
         """Start empty.
 
         Args:
             config: the table's constants.
-            generations: int64 [config.num_rows], zeros; written here only, read by whoever gathers rows.
+            generations: int64 [config.num_rows], even; written here only, read by whoever gathers rows.
+            masses: float64 [config.num_rows], in which priorities are to be kept; None takes ordinary memory.
         """
         assert config.headroom is not None
         self.config = config
@@ -37,7 +41,7 @@ class ReplayTableState:
         self.limiter = RateLimiter(config.rate_limiter)
         self.generations = generations
         self.num_stale_updates = 0
-        self._sampler = make_sampler(config.sampler, config.num_rows)
+        self._sampler = make_sampler(config.sampler, config.num_rows, masses)
         self._rng = np.random.default_rng(config.seed)
 
     def __len__(self) -> int:
@@ -69,9 +73,13 @@ class ReplayTableState:
         if td_errors is not None:
             self.check_td_errors(td_errors)
         evicted = self.allocator.commit(rows)
+        reached("server.committing")
         self._retire(evicted)
+        reached("server.evicted")
         self.generations[rows] += 1
+        reached("server.raised")
         self._sampler.insert(rows, td_errors)
+        reached("server.published")
         self.limiter.inserted(len(rows))
         self.limiter.deleted(len(evicted))
 
@@ -84,6 +92,11 @@ class ReplayTableState:
         if np.isinf(td_errors).any():
             raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
         self._sampler.check_insertable(td_errors)
+
+    def commit_priorities_again(self, rows: Rows, td_errors: NDArray[np.float64] | None) -> None:
+        """Give committed rows the priorities that `commit` would have given them."""
+        self._sampler.remove(rows)
+        self._sampler.insert(rows, td_errors)
 
     def release(self, rows: Rows) -> None:
         """Take back reserved rows that will never be committed, half-written or not."""
@@ -138,9 +151,24 @@ class ReplayTableState:
             "generations": self.generations.copy(),
             "sampler": self._sampler.state(),
         }
+        return arrays, self._values()
+
+    def freeze(self) -> TableCut:
+        """Take everything as it is for a checkpoint; rows stay as they are until they are `copied`. O(1)."""
+        return TableCut(self.allocator.freeze(), self._sampler.masses, self._values())
+
+    def copied(self, num_rows: int) -> None:
+        """See `RowAllocator.copied`."""
+        self.allocator.copied(num_rows)
+
+    @property
+    def num_held(self) -> int:
+        """Rows that nobody gets before they have been copied."""
+        return self.allocator.num_held
+
+    def _values(self) -> dict[str, Any]:
         counts = {name: getattr(self.limiter, name) for name in ("num_inserts", "num_samples", "num_deletes")}
-        values = {"counts": counts, "num_stale_updates": self.num_stale_updates, "rng": self._rng.bit_generator.state}
-        return arrays, values
+        return {"counts": counts, "num_stale_updates": self.num_stale_updates, "rng": self._rng.bit_generator.state}
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
         """Take over what `state` returned, for a table of the same size and sampler.
@@ -165,6 +193,26 @@ class ReplayTableState:
             setattr(self.limiter, name, counts[name])
         # Rows that were reserved when the state was taken had an even generation: free ones have too.
         self.generations[:] = generations
+
+    def restore_cut(self, num_rows: int, masses: NDArray[np.float64] | None, values: Mapping[str, Any]) -> None:
+        """Take over what `freeze` returned, for a new table whose first `num_rows` rows were filled in that order.
+
+        Args:
+            num_rows: committed rows, at most `capacity`.
+            masses: [num_rows], if the sampler has any.
+            values: of the cut.
+
+        Raises:
+            InvalidInput: it does not fit or contradicts itself. Nothing changes.
+        """
+        rows = np.arange(self.config.num_rows)
+        sampler: NDArray[Any] = rows[:num_rows]
+        if masses is not None:
+            sampler = np.zeros(self.config.num_rows)
+            sampler[:num_rows] = masses
+        generations = self.generations + (rows < num_rows)
+        arrays = {"committed": rows[:num_rows], "free": rows[num_rows:], "generations": generations, "sampler": sampler}
+        self.restore(arrays, values)
 
     def _retire(self, rows: Rows) -> None:
         # Out of the sampler first, then the generation: a learner that gathered a row checks the generation

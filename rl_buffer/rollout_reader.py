@@ -2,7 +2,8 @@
 
     credits -> SERVER leases fragments -> copied side by side: one rollout [T, F * E] -> epochs -> release
 
-A learner that dies before `release` gives its fragments back: they are handed out again, to whoever asks next.
+A learner that dies before `release` gives its fragments back: they are handed out again, to whoever asks next. When the
+server is lost, so are fragments that were not taken yet; those that were are copies.
 """
 
 import time
@@ -14,14 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
-from rl_buffer.batches import leaf_views
 from rl_buffer.connection import Channel, ChannelUser
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput
+from rl_buffer.failpoints import reached
 from rl_buffer.frames import Credit
 from rl_buffer.gae import explained_variance
 from rl_buffer.inputs import as_count
 from rl_buffer.rollout_batches import RolloutBatch, RolloutRows, is_handed_out
-from rl_buffer.storage import Segment
 from rl_buffer.tables import RolloutTable
 
 
@@ -55,6 +55,7 @@ class Rollouts:
 
         def side_by_side(path: str) -> NDArray[Any]:
             # [F, T, E, ...] -> [T, F * E, ...]: a copy, which a GPU needs anyway.
+            reached("rollout_reader.half_copied")
             return np.concatenate(list(fragments[path][order]), axis=1)
 
         self.rewards = side_by_side("rewards")
@@ -66,6 +67,7 @@ class Rollouts:
         leaves = {path: torch.from_numpy(array).flatten(0, 1).to(device) for path, array in self._arrays.items()}
         self._rows = RolloutRows(leaves, np.flatnonzero(self.mask), device)
         self._release = release
+        reached("rollout_reader.copied")
 
     @property
     def num_transitions(self) -> int:
@@ -87,7 +89,10 @@ class Rollouts:
     def release(self) -> None:
         """Let the fragments be written again; publish parameters first, so that writers begin with them. Twice is fine.
 
-        The rollout itself is a copy and stays.
+        The rollout itself is a copy and stays. Nothing is left to do if the server was lost since.
+
+        Raises:
+            ServerLost: the server ended and was not replaced yet.
         """
         self._release()
 
@@ -104,10 +109,9 @@ class RolloutReader(ChannelUser):
     def __init__(
         self,
         channel: Channel,
-        call: Callable[[messages.Request], messages.Reply],
+        call: Callable[[Channel, messages.Request], messages.Reply],
         name: str,
         table: RolloutTable,
-        rows: Segment,
         *,
         device: str | torch.device,
         seed: int | None,
@@ -119,18 +123,27 @@ class RolloutReader(ChannelUser):
         self.table = table
         self.timeout_s = timeout_s
         self._name = name
-        self._channel = channel
         self._call = call
         self._explain = explain
         self._newest_version = newest_version
         self._device = torch.device(device)
         self._generator = np.random.default_rng(seed)
-        block = torch.frombuffer(rows.buffer, dtype=torch.int64).view(table.num_rows, -1)
-        self._views = {path: leaf.numpy() for path, leaf in leaf_views(table.layout, block).items()}
-        self._received: list[int] = []  # leased, and not taken yet
-        self._outstanding = 0
-        self._closed = False
-        call(messages.OpenReader(channel.number, name))
+        self._num_opened = 0
+        self._open(channel)
+
+    def _open(self, channel: Channel) -> None:
+        self._call(channel, messages.OpenReader(channel.number, self._name))
+        reached("rollout_reader.opened")
+        rows, _ = channel.connection.segments[self._name]
+        self._views = self.table.layout.view(rows.buffer, self.table.num_rows)
+        self._channel = channel
+        self._num_opened += 1
+        self._received: list[tuple[int, int]] = []  # row and generation: leased, and not taken yet
+        self._newest: dict[int, int] = {}  # by row: generation of the last lease
+        self._outstanding = 0  # fragments that the server has leave to send
+
+    def _rescue(self) -> None:
+        """Nothing here is written."""
 
     def take(self, num_fragments: int | None = None, timeout_s: float | None = None) -> Rollouts:
         """Wait for finished fragments and take them.
@@ -172,32 +185,40 @@ class RolloutReader(ChannelUser):
         """Whether `wanted` fragments are here by the deadline."""
         if self._closed:
             raise Closed("this reader was closed")
-        self._channel.connection.check()
+        self._channel.connection.check_server()
         missing = wanted - len(self._received) - self._outstanding
         if missing > 0:
-            self._send(missing, np.empty(0, np.int64))
+            self._send(missing, np.empty((0, 2), np.int64))
             self._outstanding += missing
+            reached("rollout_reader.asked")
         while len(self._received) < wanted:
             frame = self._channel.receive(max(0.0, deadline_s - time.monotonic()))
             if frame is None:
                 return False
-            rows = frames.decode_batch(frame).sample.rows.tolist()
-            self._received += rows
-            self._outstanding -= len(rows)
+            sample = frames.decode_batch(frame).sample
+            leased = dict(zip(sample.rows.tolist(), sample.generations.tolist(), strict=True))
+            if any(generation <= self._newest.get(row, -1) for row, generation in leased.items()):
+                continue  # a message that came before
+            self._newest |= leased
+            self._received += leased.items()
+            self._outstanding -= len(sample.rows)
+            reached("rollout_reader.received")
         return True
 
     def _hand_out(self, num_fragments: int) -> Rollouts:
-        rows, self._received = np.array(self._received[:num_fragments]), self._received[num_fragments:]
+        taken, self._received = np.array(self._received[:num_fragments]), self._received[num_fragments:]
+        leased_on = self._num_opened  # not the channel: it would keep a lost server's memory mapped
         released = False
 
         def release() -> None:
             nonlocal released
-            if not released:
+            if not (released or self._closed) and leased_on == self._num_opened:
+                self._send(0, taken)
                 released = True
-                self._send(0, rows)
+                reached("rollout_reader.released")
 
         return Rollouts(
-            {path: view[rows] for path, view in self._views.items()},
+            {path: view[taken[:, 0]] for path, view in self._views.items()},
             self.table.num_envs,
             self._newest_version(),
             self._device,
@@ -205,6 +226,7 @@ class RolloutReader(ChannelUser):
             release,
         )
 
-    def _send(self, num_credits: int, rows: NDArray[np.int64]) -> None:
-        epoch, nothing = self._channel.connection.epoch, np.zeros(len(rows), np.int64)
-        self._channel.send(Credit(epoch, num_credits, 0, rows, nothing, nothing.astype(np.float64)).encode())
+    def _send(self, num_credits: int, released: NDArray[np.int64]) -> None:
+        """Ask for more, and release [N, 2] rows and generations."""
+        (rows, generations), epoch = np.ascontiguousarray(released.T), self._channel.connection.epoch
+        self._channel.send(Credit(epoch, num_credits, 0, rows, generations, np.zeros(len(rows))).encode())

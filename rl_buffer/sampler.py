@@ -7,6 +7,9 @@
 The server keeps up to `prefetch` index sets in flight, so that `sample` seldom waits for a round trip; the rows are
 gathered when the batch is handed out. A gather of 256 rows of 192 B takes 20 us and needs no thread of its own,
 which would take the interpreter lock from the learner; on a GPU the copy overlaps with the step that is queued.
+
+When the server is lost, so are the batches that were on their way; those that were handed out are copies. Priorities
+for them then go to the next server, which drops and counts those of rows that it does not have.
 """
 
 import time
@@ -21,11 +24,11 @@ from rl_buffer import frames, messages
 from rl_buffer.batches import Batch, as_td_errors
 from rl_buffer.connection import Channel, ChannelUser
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused
+from rl_buffer.failpoints import reached
 from rl_buffer.frames import Credit
 from rl_buffer.gather import Gatherer
 from rl_buffer.importance import importance_weights, require_beta
 from rl_buffer.samplers import Prioritized, require_masses
-from rl_buffer.storage import Segment
 from rl_buffer.tables import ReplayTable, Sample
 
 _NO_ROWS = np.empty(0, np.int64)
@@ -38,11 +41,9 @@ class ReplaySampler(ChannelUser):
     def __init__(
         self,
         channel: Channel,
-        call: Callable[[messages.Request], messages.Reply],
+        call: Callable[[Channel, messages.Request], messages.Reply],
         name: str,
         table: ReplayTable,
-        rows: Segment,
-        generations: Segment,
         *,
         batch_size: int,
         beta: float,
@@ -62,21 +63,30 @@ class ReplaySampler(ChannelUser):
         self.num_overtaken = 0  # rows that were overwritten between draw and gather, and replaced
         self._name = name
         self._table = table
-        self._channel = channel
         self._call = call
         self._prioritized = isinstance(table.sampler, Prioritized)
         self._explain = explain
         self._prefetch = prefetch
-        self._outstanding = 0
-        self._overtaken_unreported = 0
-        self._closed = False
-        self._rows = torch.frombuffer(rows.buffer, dtype=torch.int64).view(table.num_rows, -1)
-        self._generations = generations.array("int64")
+        self._device = torch.device(device)
+        self._contiguous = contiguous
         # First: if the device is not there, the server has not heard of this sampler.
         torch.empty(0, device=device)
-        self._gatherer = Gatherer(table, self._rows, torch.device(device), contiguous=contiguous)
-        call(messages.OpenSampler(channel.number, name, batch_size))
-        self._ask(prefetch)
+        self._open(channel)
+
+    def _open(self, channel: Channel) -> None:
+        self._call(channel, messages.OpenSampler(channel.number, self._name, self.batch_size))
+        reached("sampler.opened")
+        rows, generations = channel.connection.segments[self._name]
+        block = torch.frombuffer(rows.buffer, dtype=torch.int64).view(self._table.num_rows, -1)
+        self._gatherer = Gatherer(self._table, block, self._device, contiguous=self._contiguous)
+        self._generations = generations.array("int64")
+        self._channel = channel
+        self._outstanding = 0  # batches that the server has leave to send
+        self._overtaken_unreported = 0
+        self._ask(self._prefetch)
+
+    def _rescue(self) -> None:
+        """Nothing here is written."""
 
     def sample(self, timeout_s: float | None = None, beta: float | None = None) -> Batch:
         """The next batch.
@@ -91,7 +101,7 @@ class ReplaySampler(ChannelUser):
         """
         if self._closed:
             raise Closed("this sampler was closed")
-        self._channel.connection.check()
+        self._channel.connection.check_server()
         beta = self.beta if beta is None else require_beta(beta)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
@@ -106,8 +116,10 @@ class ReplaySampler(ChannelUser):
                 raise DeadlineExceeded(f"sample from table {self._name!r} waited {timeout_s} s: {self._explain()}")
             self._outstanding -= 1
             sample = frames.decode_batch(frame).sample
+            reached("sampler.received")
             kept = self._gather(sample)
             if kept is not None:
+                reached("sampler.gathered")
                 return self._hand_out(sample, kept, beta)
             # Every single row was overwritten meanwhile: the batch is worth nothing, the next one is newer.
             self._ask(1)
@@ -126,6 +138,7 @@ class ReplaySampler(ChannelUser):
 
         Raises:
             InvalidInput: wrong shape, NaN or infinity, or a table without priorities. Nothing was sent.
+            ServerLost: the server ended. Nothing was sent.
         """
         if self._closed:
             raise Closed("this sampler was closed")
@@ -136,6 +149,7 @@ class ReplaySampler(ChannelUser):
         require_masses(self._table.sampler, errors)
         wanted = max(0, self._prefetch - self._outstanding)
         self._send_credit(wanted, batch.indices.numpy(), batch.generations.numpy(), errors)
+        reached("sampler.updated")
 
     def _ask(self, num_credits: int) -> None:
         if num_credits > 0:
@@ -154,11 +168,13 @@ class ReplaySampler(ChannelUser):
         self._channel.send(credit.encode())
         self._overtaken_unreported = 0
         self._outstanding += num_credits
+        reached("sampler.asked")
 
     def _gather(self, sample: Sample) -> NDArray[np.int64] | None:
         """Copy the batch's rows; return which draws it was made of, or None if no draw survived."""
         batch_size = self.batch_size
         self._gatherer.gather(sample.rows[:batch_size])
+        reached("sampler.half_gathered")
         # A look in a call of its own, after the copy: x86-64 keeps loads in order, and the server bumps a row's
         # generation before it lets a writer at it. Equal generations therefore mean an untouched copy.
         intact = self._generations[sample.rows] == sample.generations

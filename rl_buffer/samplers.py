@@ -64,6 +64,10 @@ class Sampler(Protocol):
     def num_items(self) -> int:
         """Rows that can be drawn."""
 
+    @property
+    def masses(self) -> NDArray[np.float64] | None:
+        """Of every row, 0.0 where it cannot be drawn: a view. None where all have the same."""
+
     def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
         """Make rows sampleable.
 
@@ -121,6 +125,11 @@ class UniformSampler:
         """Rows that can be drawn."""
         return len(self._live)
 
+    @property
+    def masses(self) -> None:
+        """See `Sampler.masses`: all rows have the same."""
+        return None
+
     def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
         """See `Sampler.insert`; TD errors are ignored."""
         self._live.insert(rows)
@@ -168,6 +177,11 @@ class PrioritizedSampler:
     def num_items(self) -> int:
         """Rows that can be drawn."""
         return self._tree.num_live
+
+    @property
+    def masses(self) -> NDArray[np.float64]:
+        """See `Sampler.masses`."""
+        return self._tree.leaves
 
     def insert(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64] | None) -> None:
         """See `Sampler.insert`."""
@@ -255,8 +269,16 @@ def _check_drawable(num_draws: int, num_items: int) -> None:
         raise InvalidInput("the table is empty, so there is nothing to draw")
 
 
-def make_sampler(config: Uniform | Prioritized, num_rows: int) -> UniformSampler | PrioritizedSampler:
-    """The empty sampler that `config` describes, for rows 0 <= row < num_rows."""
+def make_sampler(
+    config: Uniform | Prioritized, num_rows: int, masses: NDArray[np.float64] | None = None
+) -> UniformSampler | PrioritizedSampler:
+    """The sampler that `config` describes, for rows 0 <= row < num_rows; empty unless `masses` says otherwise.
+
+    Args:
+        config: of the sampler.
+        num_rows: rows in all.
+        masses: [num_rows], in which a prioritized sampler works instead of memory of its own.
+    """
     # Imported here: Numba costs an actor, which only names a config, tens of MB.
     if isinstance(config, Uniform):
         from rl_buffer.row_set import RowSet
@@ -264,4 +286,4 @@ def make_sampler(config: Uniform | Prioritized, num_rows: int) -> UniformSampler
         return UniformSampler(RowSet(num_rows))
     from rl_buffer.sum_tree import SumTree
 
-    return PrioritizedSampler(config, SumTree(num_rows))
+    return PrioritizedSampler(config, SumTree(num_rows, masses))

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from rl_buffer import n_step
 from rl_buffer.episode_ends import Autoreset
 from rl_buffer.errors import InvalidInput
+from rl_buffer.failpoints import reached
 from rl_buffer.samplers import Prioritized
 from rl_buffer.spec import leaves_below
 from rl_buffer.step_history import StepHistory
@@ -131,6 +132,7 @@ class SequenceHistory(StepHistory[list[Span]]):
         for span, row in zip(items, rows.tolist(), strict=True):
             # With the ellipsis also a recurrent state of shape () is a view.
             self._copy_row(span, {path: view[row, ...] for path, view in views.items()})
+            reached("writer.half_written")
 
     def emitted(self, items: list[Span]) -> None:
         """See `StepHistory`. An episode that `close` cut is over: a step that comes after all begins another."""

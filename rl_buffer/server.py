@@ -5,11 +5,12 @@ ends, or when the process that started it is gone, killed or not.
 """
 
 import contextlib
+import operator
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from select import select
 from typing import IO
 
@@ -21,6 +22,7 @@ from rl_buffer.errors import DeadlineExceeded, InvalidInput, ServerLost
 from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
+MAX_TABLES = 126  # two descriptors each in the one message that welcomes a client, of 253 (SCM_MAX_FD)
 _THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -30,6 +32,17 @@ class BufferServer:
     Args:
         tables: by the name that writers and samplers use.
         address: `ipc:///some/directory` (made if missing, removed at the end) or None for a fresh one.
+        directory: where the tables are kept, in files of a tmpfs or a disk (made if missing, 0700, left at the end);
+            None keeps them in memory that ends with the server. A server that is started with the directory of an
+            earlier one and the same tables goes on where that one ended, however it did: every acknowledged commit,
+            priorities and episode statistics are there; parameters are to be published again. It outlives processes,
+            not a power loss. Clients of the earlier server keep the rows that they may still write into until they
+            `reconnect` or end. To start empty, delete the directory. Nobody must change the files: who has one mapped
+            that is cut short is killed by SIGBUS.
+        restore: path of a checkpoint with which every `start` begins. Its tables must be these, apart from capacity
+            (no less than it holds), headroom and seed.
+        allowed_uids: users besides this one whose processes may attach; they can read and write all that is stored,
+            and with `directory` end the server by cutting its files short. They pass `server_uid=` to `connect`.
         stats_window: episodes that `client.stats()` looks back on.
         extra_metrics_keys: names of the metrics that writers may pass to `add`.
         done_reason_keys: names of the termination reasons that writers may pass to `add`.
@@ -43,12 +56,17 @@ class BufferServer:
         tables: Mapping[str, ReplayTable | RolloutTable],
         address: str | None = None,
         *,
+        directory: str | os.PathLike[str] | None = None,
+        restore: str | os.PathLike[str] | None = None,
+        allowed_uids: Collection[int] = (),
         stats_window: int = 100,
         extra_metrics_keys: Sequence[str] = (),
         done_reason_keys: Sequence[str] = (),
     ) -> None:
         if not isinstance(tables, Mapping) or not tables:
             raise InvalidInput(f'BufferServer takes a mapping such as {{"replay": ReplayTable(...)}}, got {tables!r}')
+        if len(tables) > MAX_TABLES:
+            raise InvalidInput(f"a server has up to {MAX_TABLES} tables, got {len(tables)}; start a second one")
         self.tables = dict(tables)
         self._requested_address = None if address is None else str(Address(address))
         self._stats = StatsConfig(
@@ -56,6 +74,9 @@ class BufferServer:
             extra_metrics_keys=tuple(extra_metrics_keys),
             done_reason_keys=tuple(done_reason_keys),
         )
+        self._restore = None if restore is None else os.path.abspath(restore)
+        self._directory = None if directory is None else os.path.abspath(directory)
+        self._allowed_uids = tuple(operator.index(uid) for uid in allowed_uids)
         self._process: subprocess.Popen[bytes] | None = None
         self._address: str | None = None
 
@@ -89,7 +110,8 @@ class BufferServer:
 
         Raises:
             NotEnoughMemory: the tables do not fit.
-            AddressInUse: another live server has the address.
+            AddressInUse: another live server has the address or the directory.
+            InvalidInput: the directory holds tables of another configuration. It is as it was.
             DeadlineExceeded: it was not ready in time, and has been ended.
             ServerLost: it ended without saying why; see its standard error.
         """
@@ -106,7 +128,15 @@ class BufferServer:
             start_new_session=True,  # Ctrl-C in the terminal is for the parent to act on
         )
         try:
-            config = ServerConfig(self._address, self.tables, self._stats, os.getpid())
+            config = ServerConfig(
+                self._address,
+                self.tables,
+                self._stats,
+                os.getpid(),
+                self._restore,
+                self._directory,
+                self._allowed_uids,
+            )
             _pipe(self._process.stdin).write(msgspec.json.encode(config) + b"\n")
             _pipe(self._process.stdin).flush()
             self._wait_until_ready(time.monotonic() + timeout_s, timeout_s, progress)

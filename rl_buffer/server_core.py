@@ -8,21 +8,32 @@ count; the server appends the next rows behind the acknowledgement. A commit tha
 here, unacknowledged, with the rows that did not pass still reserved.
 
     attached --end of file--> quarantined --process exit, or no lease--> gone: rows freed
-        |                                                                 ^
-        +---------------------process exit--------------------------------+
+        |                         |                                       ^
+        +------process exit, or it attached again: see `attached_again`---+
+
+A process that attaches again goes on where it was: its writers say who they are, and hear what of their commits is
+published (`resume_point`).
 """
 
+import sys
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from rl_buffer import frames, messages
 from rl_buffer.allocator import Rows
+from rl_buffer.checkpoint import Cut, ParameterMemory, take_cut
+from rl_buffer.checkpoint_request import CheckpointRequest
+from rl_buffer.descriptors import PER_CHANNEL, PER_CLIENT, PER_PARAMETER_SET
 from rl_buffer.errors import InvalidInput
+from rl_buffer.failpoints import reached
 from rl_buffer.frames import Batch, Grant
+from rl_buffer.ledger import Ledger
 from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.parameter_slots import ParameterSlots
+from rl_buffer.peers import UNKNOWN_PROCESS, Process
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_info import describe_session, describe_table
@@ -34,6 +45,7 @@ from rl_buffer.sessions import (
     ServedTable,
     Session,
     WriterChannel,
+    WriterProgress,
 )
 from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import Sample, StatsConfig
@@ -41,6 +53,8 @@ from rl_buffer.tables import Sample, StatsConfig
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
 MAX_CREDITS = 64
+MAX_KNOWN_WRITERS = 1 << 16  # that may come back; the one that is longest gone is forgotten first
+WRITER_ID_NBYTES = 16
 MAX_NAME_LENGTH = 100  # of a client, repeated in every `info`
 MAX_REASON_LENGTH = 1000  # a refusal may quote what a client sent, and `info` repeats the last one to everybody
 
@@ -50,27 +64,55 @@ Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
 class ServerCore:
     """All tables, sessions and parameter sets of one server epoch."""
 
-    def __init__(self, epoch: int, tables: dict[str, ReplayTableState | RolloutTableState], stats: StatsConfig) -> None:
+    def __init__(
+        self,
+        epoch: int,
+        tables: dict[str, ReplayTableState | RolloutTableState],
+        stats: StatsConfig,
+        ledger: Ledger | None = None,
+    ) -> None:
+        """Start with nobody attached; `ledger` is told of all that a later server must know."""
         self.epoch = epoch
+        self._ledger = ledger or Ledger()
         self.tables = {name: ServedTable(name, state) for name, state in tables.items()}
         self.stats = StatsTracker(1, stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys)
         self.parameters: dict[str, ParameterSlots] = {}
         self.sessions: dict[bytes, Session] = {}
+        self.max_descriptors = sys.maxsize  # that the server's process may open for clients
+        self.known_writers: dict[bytes, WriterProgress] = {}  # by writer_id: without a channel, and may open another
+        self.checkpoint: CheckpointRequest | None = None  # that a client waits for; for the loop to carry out
+        self._now_s = 0.0
         self.num_messages = 0
         self.num_refused = 0
+        self.num_undelivered = 0  # messages to clients that did not read
         self.last_refusal = ""
 
     # ---- sessions ------------------------------------------------------------------------------------------
 
-    def attach(self, token: bytes, name: str, pid: int, now_s: float) -> None:
+    def attach(
+        self,
+        token: bytes,
+        name: str,
+        pid: int,
+        now_s: float,
+        process: Process = UNKNOWN_PROCESS,
+        *,
+        is_guest: bool = False,
+    ) -> None:
         """Let a client in.
 
         Raises:
             InvalidInput: too many clients.
         """
         if len(self.sessions) >= MAX_SESSIONS:
-            raise InvalidInput(f"{MAX_SESSIONS} clients are attached, which is the limit")
-        self.sessions[token] = Session(token, name[:MAX_NAME_LENGTH] or f"pid {pid}", pid, now_s)
+            raise InvalidInput(
+                f"{MAX_SESSIONS} clients are attached, which is the limit; use one for all threads and environments of "
+                "a process, and close those that are done"
+            )
+        self.require_descriptors(PER_CLIENT + PER_CHANNEL)
+        client = self._ledger.attached(token, process)
+        shown_name = name[:MAX_NAME_LENGTH] or f"pid {pid}"
+        self.sessions[token] = Session(token, shown_name, pid, now_s, client=client, is_guest=is_guest)
 
     def disconnected(self, token: bytes) -> None:
         """Quarantine: the connection is gone, but the process may still be writing into its rows."""
@@ -85,16 +127,48 @@ class ServerCore:
             or any(slots.is_held_by(token) for slots in self.parameters.values())
         )
 
+    def attached_again(self, token: bytes, pid: int) -> Outgoing:
+        """Process `pid`, whose session was `token`, attaches anew, and writes no more into what that session held.
+
+        A session of another process, or of an earlier epoch that left nothing, is none of its.
+        """
+        session = self.sessions.get(token)
+        if session is None or session.pid not in (pid, 0):  # 0: it cannot be seen from here
+            return []
+        for channel in session.channels.values():
+            if isinstance(channel, WriterChannel):
+                self._remember(channel)
+        return self.exited(token)
+
+    def resume_point(self, writer_id: bytes, acknowledged: int) -> WriterProgress:
+        """How much is published of what a writer sent that knows it of the commits up to `acknowledged`."""
+        return max(self.known_writers.get(writer_id, WriterProgress(0, 0)), WriterProgress(acknowledged, 0))
+
+    def _remember(self, writer: WriterChannel) -> None:
+        if writer.writer_id:
+            self.know_writers({writer.writer_id: writer.progress})
+
+    def know_writers(self, writers: Mapping[bytes, WriterProgress]) -> None:
+        """These writers have no channel, and may come back."""
+        self.known_writers |= writers
+        while len(self.known_writers) > MAX_KNOWN_WRITERS:
+            forgotten = next(iter(self.known_writers))
+            del self.known_writers[forgotten]
+            self._ledger.writer_left(forgotten, comes_back=False)
+
     def exited(self, token: bytes) -> Outgoing:
         """The client is gone for certain, or left without a lease: free its rows, forget its pending commits."""
         session = self.sessions.pop(token, None)
         if session is None:
             return []
+        reached("server.freeing")
         touched = {channel.table.name: channel.table for channel in session.channels.values()}
         for channel in list(session.channels.values()):
             self._drop(channel)
         for slots in self.parameters.values():
             slots.release(token)
+        self._ledger.left(session.client)
+        reached("server.freed")
         return [message for table in touched.values() for message in self._advance(table)]
 
     def _drop(self, channel: WriterChannel | SamplerChannel | ReaderChannel) -> None:
@@ -105,20 +179,24 @@ class ServerCore:
             return
         if isinstance(channel, ReaderChannel):
             table.readers.remove(channel)
-            table.rollouts.give_back(np.array(sorted(channel.rows), np.int64))
+            rows = np.array(sorted(channel.rows), np.int64)
+            table.rollouts.give_back(rows)
+            self._ledger.given_back(table.name, rows)
             return
         table.pending = deque(pending for pending in table.pending if pending.writer is not channel)
         channel.num_rows_pending = 0
         self._release_uncommitted(channel)
+        self._ledger.writer_left(channel.writer_id, comes_back=channel.writer_id in self.known_writers)
 
     def _release_uncommitted(self, writer: WriterChannel) -> None:
         if writer in writer.table.wanting:
             writer.table.wanting.remove(writer)
         writer.rows, unused = writer.rows[: writer.num_rows_pending], writer.rows[writer.num_rows_pending :]
         writer.table.state.release(unused)
+        self._ledger.released(writer.table.name, unused)
 
     def _close(self, channel: WriterChannel | SamplerChannel | ReaderChannel) -> Outgoing:
-        if isinstance(channel, WriterChannel) and channel.num_rows_pending:
+        if isinstance(channel, WriterChannel) and channel.has_pending:
             channel.closing = True  # what it committed is published first
             self._release_uncommitted(channel)
         else:
@@ -130,6 +208,7 @@ class ServerCore:
     def handle(self, channel_id: bytes, frame: bytes, now_s: float) -> Outgoing:
         """Act on one frame, or refuse it whole; never raises for what a client sent."""
         self.num_messages += 1
+        self._now_s = now_s
         kind = frames.kind_of(frame)
         try:
             session = self.sessions.get(channel_id[: frames.TOKEN_NBYTES])
@@ -143,9 +222,10 @@ class ServerCore:
                 return self._control(session, channel_id, frame, now_s)
             raise InvalidInput(f"unknown message kind {kind}")
         except InvalidInput as error:
-            return [(channel_id, frames.encode_refusal(self.epoch, self._refused(error)))]
+            return [(channel_id, frames.encode_refusal(self.epoch, self.refused(error)))]
 
-    def _refused(self, error: InvalidInput) -> str:
+    def refused(self, error: Exception) -> str:
+        """Count something that was refused to somebody; return what to tell him."""
         self.num_refused += 1
         self.last_refusal = str(error)[:MAX_REASON_LENGTH]
         return self.last_refusal
@@ -169,7 +249,8 @@ class ServerCore:
             raise InvalidInput(f"commit of {commit.num_rows} rows wants {commit.num_wanted}, more than it gives back")
         if commit.td_errors is not None:
             writer.table.replay.check_td_errors(commit.td_errors)
-        self.stats.record(commit.episodes)  # last check: it refuses bad episodes before it changes anything
+        self.stats.check(commit.episodes)
+        reached("server.commit_checked")
         writer.sequence_received = commit.sequence
         writer.num_rows_pending += commit.num_rows
         writer.parameter_version = commit.parameter_version
@@ -186,8 +267,10 @@ class ServerCore:
             raise InvalidInput("credit on a channel that is not a sampler")
         if sampler.num_credits + credit.num_credits > MAX_CREDITS:
             raise InvalidInput(f"{sampler.num_credits} + {credit.num_credits} credits exceed the limit {MAX_CREDITS}")
+        reached("server.credit_checked")
         if len(credit.rows):
             sampler.table.replay.update_priorities(credit.rows, credit.generations, credit.td_errors)
+            reached("server.updated")
         sampler.num_credits += credit.num_credits
         sampler.table.num_overtaken += credit.num_overtaken
         return self._advance(sampler.table)
@@ -199,7 +282,13 @@ class ServerCore:
             raise InvalidInput(f"{reader.num_credits} + {credit.num_credits} credits exceed {num_fragments} fragments")
         if not reader.rows.issuperset(rows.tolist()):
             raise InvalidInput(f"fragments {rows.tolist()} are not all held by this reader, which has {reader.rows}")
-        reader.table.rollouts.finish(rows)
+        rollouts = reader.table.rollouts
+        if not np.array_equal(rollouts.generations[rows], credit.generations):
+            # A release that comes late or twice must not free what was handed out since.
+            raise InvalidInput(f"fragments {rows.tolist()} are no longer of generations {credit.generations.tolist()}")
+        rollouts.finish(rows)
+        self._ledger.emptied(reader.table.name, rows, rollouts.num_dropped)
+        reached("server.released")
         reader.rows.difference_update(rows.tolist())
         reader.num_credits += credit.num_credits
         return self._advance(reader.table)
@@ -214,11 +303,70 @@ class ServerCore:
             "epoch": f"{self.epoch:016x}",
             "num_messages": self.num_messages,
             "num_refused": self.num_refused,
+            "num_undelivered": self.num_undelivered,
             "last_refusal": self.last_refusal,
             "tables": {name: describe_table(table) for name, table in self.tables.items()},
             "parameters": {name: slots.version for name, slots in self.parameters.items()},
+            "checkpoint": None if self.checkpoint is None else self.checkpoint.describe(now_s),
             "clients": [describe_session(session, now_s) for session in self.sessions.values()],
         }
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------
+
+    def take_cut(self, parameters: Mapping[str, ParameterMemory]) -> Cut:
+        """What is to be in the checkpoint that was asked for; its rows stay as they are until they are `copied`."""
+        assert self.checkpoint is not None
+        writers = dict(self.known_writers)
+        for session in self.sessions.values():
+            writers |= {c.writer_id: c.progress for c in session.channels.values() if isinstance(c, WriterChannel)}
+        states = {name: table.state for name, table in self.tables.items()}
+        progress = {writer_id.hex(): point for writer_id, point in writers.items() if writer_id}
+        cut = take_cut(states, parameters, self.stats, progress)
+        self.checkpoint.num_items = {name: table.num_items for name, table in cut.contents.tables.items()}
+        return cut
+
+    def copied(self, part: str, num_rows: int, now_s: float) -> Outgoing:
+        """`num_rows` more rows of a part of the cut are in the file."""
+        self._now_s = now_s
+        kind, _, name = part.partition(":")
+        if kind == "parameters":
+            self.parameters[name].copied(num_rows)
+        if kind != "rows":
+            return []
+        self.tables[name].state.copied(num_rows)
+        return self._advance(self.tables[name])
+
+    def thaw(self, now_s: float) -> Outgoing:
+        """Nothing of the cut, if there is one, will be copied any more."""
+        self._now_s = now_s
+        for slots in self.parameters.values():
+            slots.copied(1)
+        for table in self.tables.values():
+            table.state.copied(table.state.config.num_rows)
+        return [message for table in self.tables.values() for message in self._advance(table)]
+
+    def checkpoint_ended(self, outcome: int | str, now_s: float) -> Outgoing:
+        """The file is on the disk, of so many bytes, or the reason why there is none: tell the client."""
+        request, outgoing = self.checkpoint, self.thaw(now_s)
+        assert request is not None
+        self.checkpoint = None
+        reply: messages.Reply
+        if isinstance(outcome, str):
+            reply = messages.Refused(outcome[:MAX_REASON_LENGTH])
+        else:
+            reply = request.report(outcome, now_s)
+        return [self._reply(request.channel_id, request.request_id, reply), *outgoing]
+
+    def _ask_checkpoint(self, session: Session, channel_id: bytes, request_id: int, path: str, now_s: float) -> None:
+        if session.is_guest:
+            raise InvalidInput("a checkpoint is a file of the server's user; no process of another one can ask for it")
+        if self.checkpoint is not None:
+            raise InvalidInput(
+                f"{self.checkpoint.client} has a checkpoint written to {self.checkpoint.path} already; one at a time"
+            )
+        if not path.startswith("/") or "\0" in path:
+            raise InvalidInput(f"path of a checkpoint must be absolute, got {path[: MAX_REASON_LENGTH // 2]!r}")
+        self.checkpoint = CheckpointRequest(channel_id, request_id, session.name, path, now_s)
 
     # ---- progress ------------------------------------------------------------------------------------------
 
@@ -229,6 +377,8 @@ class ServerCore:
         while self._publish_pending(table, outgoing) or grant(table, outgoing):
             pass
         self._grant_rows(table, outgoing)
+        if self.checkpoint is not None:
+            self.checkpoint.look(self.tables.values(), self._now_s)
         return outgoing
 
     def _publish_pending(self, table: ServedTable, outgoing: Outgoing) -> bool:
@@ -237,9 +387,9 @@ class ServerCore:
             pending = table.pending[0]
             num_left = pending.commit.num_rows - pending.num_published
             num_passing = table.state.num_insertable(num_left)
-            if num_passing:
+            if num_passing or not num_left:  # episodes may come without rows
                 self._publish(pending, num_passing)
-                moved = True
+                moved = num_passing > 0 or moved
             if num_passing < num_left:
                 break
             table.pending.popleft()
@@ -247,55 +397,79 @@ class ServerCore:
         return moved
 
     def _publish(self, pending: PendingCommit, num_rows: int) -> None:
-        writer, td_errors = pending.writer, pending.commit.td_errors
+        """Publish the next rows of a commit; with the last of them it is committed, and its episodes count."""
+        writer, commit = pending.writer, pending.commit
         rows, writer.rows = writer.rows[:num_rows], writer.rows[num_rows:]
         first, pending.num_published = pending.num_published, pending.num_published + num_rows
-        if td_errors is not None:
-            td_errors = td_errors[first : pending.num_published]
-        state = writer.table.state
+        td_errors = None if commit.td_errors is None else commit.td_errors[first : pending.num_published]
+        writer.num_rows_pending -= num_rows
+        writer.num_published += num_rows
+        writer.num_inserts += num_rows
+        episodes = []
+        if pending.num_published == commit.num_rows:
+            writer.sequence_committed, writer.num_published = commit.sequence, 0
+            # Not before: what is not published whole counts nothing, because its writer may have to send it again.
+            episodes = commit.episodes
+            self.stats.record(episodes)
+        state, version = writer.table.state, commit.parameter_version
+        number = state.number_of(int(rows[0])) if isinstance(state, RolloutTableState) and num_rows else 0
+        self._ledger.begin(
+            writer.table.name,
+            rows,
+            td_errors=td_errors,
+            number=number,
+            version=version,
+            writer=writer.number,
+            progress=writer.progress,
+            episodes=episodes,
+            stats=self.stats,
+        )
         if isinstance(state, RolloutTableState):
-            state.commit(rows, pending.commit.parameter_version)
+            state.commit(rows, version)
         else:
             state.commit(rows, td_errors)
-        writer.num_rows_pending -= num_rows
-        writer.num_inserts += num_rows
+        self._ledger.end()
 
     def _acknowledge(self, pending: PendingCommit, outgoing: Outgoing) -> None:
         writer, commit = pending.writer, pending.commit
-        writer.sequence_committed = commit.sequence
+        reached("server.acknowledging")
         if writer.closing:
-            if not writer.num_rows_pending:
+            if not writer.has_pending:
                 self._drop(writer)
             return
         self._want(writer, commit.num_wanted)
-        # With rows behind it if there are any, so that the common case is one message.
-        is_first = bool(writer.num_wanted) and writer.table.wanting[0] is writer
-        granted = self._take_rows(writer) if is_first else NO_ROWS
-        outgoing.append((writer.channel_id, Grant(self.epoch, commit.sequence, granted).encode()))
+        granted = NO_ROWS
+        # With rows behind it if it is their turn, so that the common case is one message.
+        if (grant := writer.table.next_grant()) and grant[0] is writer:
+            granted = self._take_rows(*grant)
+        self._grant(writer, granted, outgoing)
 
     def _want(self, writer: WriterChannel, num_rows: int) -> None:
         if num_rows and not writer.num_wanted:
             writer.table.wanting.append(writer)
         writer.num_wanted += num_rows
 
-    def _take_rows(self, writer: WriterChannel) -> Rows:
-        """Rows for the writer at the head of the queue, or none while there are too few for all that it wants."""
-        state = writer.table.state
-        if writer.num_wanted > state.num_reservable:
-            return NO_ROWS
-        rows = state.reserve(writer.num_wanted)
+    def _take_rows(self, writer: WriterChannel, num_rows: int) -> Rows:
+        """Let the writer whose turn it is hold rows; if it wants more, it waits behind the others."""
+        rows = writer.table.state.reserve(num_rows)
+        self._ledger.reserved(writer.table.name, rows, writer.session.client)
         writer.rows = np.concatenate((writer.rows, rows))
-        writer.num_wanted = 0
-        writer.table.wanting.popleft()
+        writer.num_wanted -= num_rows
+        writer.table.wanting.remove(writer)
+        if writer.num_wanted:
+            writer.table.wanting.append(writer)
+        reached("server.granted")
         return rows
 
     def _grant_rows(self, table: ServedTable, outgoing: Outgoing) -> None:
-        while table.wanting:
-            writer = table.wanting[0]
-            rows = self._take_rows(writer)
-            if not len(rows):
-                return
-            outgoing.append((writer.channel_id, Grant(self.epoch, writer.sequence_committed, rows).encode()))
+        while grant := table.next_grant():
+            writer, rows = grant[0], self._take_rows(*grant)
+            self._grant(writer, rows, outgoing)
+
+    def _grant(self, writer: WriterChannel, rows: Rows, outgoing: Outgoing) -> None:
+        writer.num_grants += 1
+        grant = Grant(self.epoch, writer.num_grants, writer.sequence_committed, rows)
+        outgoing.append((writer.channel_id, grant.encode()))
 
     def _grant_batch(self, table: ServedTable, outgoing: Outgoing) -> bool:
         state = table.replay
@@ -304,6 +478,8 @@ class ServerCore:
         if sampler is None or not len(state) or not state.limiter.can_sample(sampler.batch_size):
             return False
         sample = state.draw(sampler.batch_size, sampler.num_spares)
+        self._ledger.sampled(table.name, state.limiter.num_samples)
+        reached("server.drawn")
         sampler.num_credits -= 1
         sampler.num_samples += sampler.batch_size
         table.samplers.remove(sampler)
@@ -317,16 +493,21 @@ class ServerCore:
             return False
         parameters = self.parameters.get(table.rollouts.config.parameters)
         newest_version = 0 if parameters is None else parameters.version
-        leased = table.rollouts.lease(reader.num_credits, newest_version)
-        if not leased:
+        rollouts = table.rollouts
+        lease = rollouts.lease(reader.num_credits, newest_version)
+        if len(lease.dropped):
+            self._ledger.emptied(table.name, lease.dropped, rollouts.num_dropped)
+        if not lease.fragments:
             return False
-        rows = np.array([fragment.row for fragment in leased])
+        rows = np.array([fragment.row for fragment in lease.fragments])
+        self._ledger.leased(table.name, rows, reader.session.client, rollouts.num_handed_out)
         reader.rows.update(rows.tolist())
+        reached("server.leased")
         reader.num_credits -= len(rows)
         reader.num_samples += len(rows)
-        table.readers.rotate(-1)
-        nothing = np.zeros(len(rows))
-        sample = Sample(rows, nothing.astype(np.int64), nothing, 0.0, len(table.rollouts))
+        table.readers.remove(reader)
+        table.readers.append(reader)
+        sample = Sample(rows, rollouts.generations[rows], np.zeros(len(rows)), 0.0, len(rollouts))
         outgoing.append((reader.channel_id, Batch(self.epoch, len(rows), sample).encode()))
         return True
 
@@ -337,24 +518,21 @@ class ServerCore:
         outgoing: Outgoing = []
         try:
             self._check_epoch(envelope.epoch)
+            if isinstance(envelope.request, messages.Checkpoint):  # answered by `checkpoint_ended`
+                self._ask_checkpoint(session, channel_id, envelope.request_id, envelope.request.path, now_s)
+                return []
             reply = self._answer(session, envelope, now_s, outgoing)
         except InvalidInput as error:
-            reply = messages.Refused(self._refused(error))
-        answer = messages.encode_control(ReplyEnvelope(envelope.request_id, self.epoch, reply))
-        return [(channel_id, answer), *outgoing]
+            reply = messages.Refused(self.refused(error))
+        return [self._reply(channel_id, envelope.request_id, reply), *outgoing]
+
+    def _reply(self, channel_id: bytes, request_id: int, reply: messages.Reply) -> tuple[bytes, bytes]:
+        return channel_id, messages.encode_control(ReplyEnvelope(request_id, self.epoch, reply))
 
     def _answer(self, session: Session, envelope: Envelope, now_s: float, outgoing: Outgoing) -> messages.Reply:
         match envelope.request:
-            case messages.OpenWriter(
-                channel=number, table=name, max_commit_rows=max_commit_rows, num_wanted=num_wanted
-            ):
-                table, channel_id = self._table(name), self._new_channel(session, number)
-                _check_writer(table, max_commit_rows, num_wanted)
-                writer = WriterChannel(channel_id, session, table, max_commit_rows)
-                session.channels[channel_id] = writer
-                self._want(writer, num_wanted)
-                self._grant_rows(table, outgoing)
-                return messages.Opened()
+            case messages.OpenWriter() as request:
+                return self._open_writer(session, request, outgoing)
             case messages.OpenSampler(channel=number, table=name, batch_size=batch_size):
                 table, channel_id = self._table(name), self._new_channel(session, number)
                 sampler = SamplerChannel(channel_id, session, table, batch_size)
@@ -364,6 +542,7 @@ class ServerCore:
                 table.replay.limiter.check_sample_possible(batch_size)
                 session.channels[channel_id] = sampler
                 table.samplers.append(sampler)
+                reached("server.opened")
                 return messages.Opened()
             case messages.OpenReader(channel=number, table=name):
                 table, channel_id = self._table(name), self._new_channel(session, number)
@@ -371,6 +550,7 @@ class ServerCore:
                 reader = ReaderChannel(channel_id, session, table)
                 session.channels[channel_id] = reader
                 table.readers.append(reader)
+                reached("server.opened")
                 return messages.Opened()
             case messages.CloseChannel(channel=number):
                 channel = session.channels.get(_channel_id(session, number))
@@ -379,11 +559,16 @@ class ServerCore:
                 return messages.Opened()
             case messages.ReserveParameters(name=name):
                 slots = self._slots(name)
-                return messages.Slot(slots.reserve(session.token), slots.version)
+                slot = messages.Slot(slots.reserve(session.token), slots.version)
+                reached("server.slot_reserved")
+                return slot
             case messages.PublishParameters(name=name, slot=slot):
-                return messages.Slot(slot, self._slots(name).publish(session.token, slot))
+                published = messages.Slot(slot, self._slots(name).publish(session.token, slot))
+                reached("server.parameters_published")
+                return published
             case messages.Clear(table=name):
                 table = self._table(name)
+                self._ledger.cleared(name)
                 table.state.clear()
                 outgoing.extend(self._advance(table))
                 return messages.Opened()
@@ -393,6 +578,29 @@ class ServerCore:
                 return messages.Value(self.info(now_s))
             case messages.GetStats():
                 return messages.Value(self.stats.get_statistics())
+            case messages.Checkpoint():
+                raise AssertionError("it is answered later")
+
+    def _open_writer(self, session: Session, request: messages.OpenWriter, outgoing: Outgoing) -> messages.Opened:
+        table, channel_id = self._table(request.table), self._new_channel(session, request.channel)
+        _check_writer(table, request)
+        for other in list(session.channels.values()):
+            if isinstance(other, WriterChannel) and other.writer_id == request.writer_id != b"":
+                # It asked for that channel too, and gave up before it heard of it or of its rows.
+                self._remember(other)
+                self._drop(other)
+                outgoing.extend(self._advance(other.table))
+        sequence, num_published = self.resume_point(request.writer_id, request.acknowledged)
+        writer = WriterChannel(channel_id, session, table, request.max_commit_rows, request.writer_id)
+        writer.sequence_received = writer.sequence_committed = sequence
+        writer.num_published = num_published
+        writer.number = self._ledger.writer_opened(request.writer_id, writer.progress)
+        self.known_writers.pop(request.writer_id, None)
+        session.channels[channel_id] = writer
+        reached("server.opened")
+        self._want(writer, request.num_wanted)
+        self._grant_rows(table, outgoing)
+        return messages.Opened(sequence, num_published)
 
     def _table(self, name: str) -> ServedTable:
         if name not in self.tables:
@@ -410,7 +618,24 @@ class ServerCore:
             raise InvalidInput(f"channel {number} is open already")
         if len(session.channels) >= MAX_CHANNELS_PER_SESSION:
             raise InvalidInput(f"a client can have {MAX_CHANNELS_PER_SESSION} writers and samplers, which are open")
+        self.require_descriptors(PER_CHANNEL)
         return channel_id
+
+    def require_descriptors(self, num_more: int) -> None:
+        """Refuse what the server's process would have to open more descriptors for than it may.
+
+        Raises:
+            InvalidInput: so many clients, channels and parameter sets are open.
+        """
+        num_channels = sum(len(session.channels) for session in self.sessions.values())
+        num_used = PER_CLIENT * len(self.sessions) + PER_CHANNEL * num_channels
+        num_used += PER_PARAMETER_SET * len(self.parameters)
+        if num_used + num_more > self.max_descriptors:
+            raise InvalidInput(
+                f"{len(self.sessions)} clients with {num_channels} writers, samplers and readers are attached, which "
+                "is what the server's limit of open descriptors (RLIMIT_NOFILE) allows; close some, or raise it "
+                "(ulimit -n) before the server starts"
+            )
 
 
 def _channel_id(session: Session, number: int) -> bytes:
@@ -419,8 +644,13 @@ def _channel_id(session: Session, number: int) -> bytes:
     return session.token + number.to_bytes(4, "little")
 
 
-def _check_writer(table: ServedTable, max_commit_rows: int, num_wanted: int) -> None:
-    """Refuse a writer whose chunks could never be taken."""
+def _check_writer(table: ServedTable, request: messages.OpenWriter) -> None:
+    """Refuse a writer whose chunks could never be taken, or that does not say properly who it is."""
+    max_commit_rows, num_wanted = request.max_commit_rows, request.num_wanted
+    if len(request.writer_id) not in (0, WRITER_ID_NBYTES):
+        raise InvalidInput(f"writer_id has {len(request.writer_id)} bytes, expected {WRITER_ID_NBYTES} or none")
+    if not 0 <= request.acknowledged < 2**62:  # sequence numbers go on from there, in 64 bits
+        raise InvalidInput(f"acknowledged must be in [0, 2^62), got {request.acknowledged}")
     if isinstance(table.state, RolloutTableState):
         if (max_commit_rows, num_wanted) != (1, 1):
             raise InvalidInput(f"table {table.name!r} holds rollouts, which are written one by one")

@@ -17,10 +17,11 @@ def describe_table(table: ServedTable) -> dict[str, Any]:
         pending = table.pending[0]
         num_left = pending.commit.num_rows - pending.num_published
         waits.append(f"{pending.writer.session.name}: {state.limiter.explain_insert(num_left)}")
-    if table.wanting:
+    lacking = next((writer for writer in table.wanting if writer.num_lacking), None)
+    if lacking is not None:
         waits.append(
-            f"{table.wanting[0].session.name}: waits for rows, {state.allocator.num_reserved} of "
-            f"{state.allocator.headroom} are reserved by writers"
+            f"{lacking.session.name}: waits for rows, {state.allocator.num_reserved} of "
+            f"{state.allocator.headroom} are reserved by writers{_held(state.num_held)}"
         )
     if waiting:
         waits.append(f"{waiting[0].session.name}: {state.limiter.explain_sample(waiting[0].batch_size)}")
@@ -43,6 +44,7 @@ def _describe_rollouts(table: ServedTable, state: RolloutTableState) -> dict[str
         waits.append(
             f"{table.wanting[0].session.name}: waits for a fragment, {state.num_writing} are being written, "
             f"{len(state)} are finished and {state.num_reading} are being read, of {state.config.num_fragments}"
+            f"{_held(state.num_held)}"
         )
     waits += [
         f"{reader.session.name}: waits for {reader.num_credits} fragments, {state.num_writing} are being written"
@@ -59,6 +61,10 @@ def _describe_rollouts(table: ServedTable, state: RolloutTableState) -> dict[str
         "reading": state.num_reading,
         "waits": waits,
     }
+
+
+def _held(num_held: int) -> str:
+    return f", and {num_held} must be copied to a checkpoint first" if num_held else ""
 
 
 def describe_session(session: Session, now_s: float) -> dict[str, Any]:

@@ -6,7 +6,6 @@ tell how far it is, and at last ready or why not. It ends on SIGTERM, or when it
 
 import contextlib
 import os
-import resource
 import secrets
 import select
 import signal
@@ -18,36 +17,38 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import msgspec
+import numpy as np
 import zmq
+from numpy.typing import NDArray
 
-from rl_buffer import frames, messages
+from rl_buffer import descriptors, frames, messages
 from rl_buffer.address import Address
-from rl_buffer.errors import InvalidInput, NotEnoughMemory, RLBufferError
+from rl_buffer.checkpoint import Contents, ParameterMemory, read_contents, restore
+from rl_buffer.checkpoint_file import CheckpointReader
+from rl_buffer.checkpointer import Checkpointer
+from rl_buffer.errors import ConnectionRefused, InvalidInput, NotEnoughMemory, RLBufferError
+from rl_buffer.failpoints import reached
 from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.parameter_slots import BOARD_LENGTH, NUM_SLOTS, ParameterSlots
-from rl_buffer.peers import peer_process, readable
-from rl_buffer.replay_table import ReplayTableState
-from rl_buffer.rollout_table import RolloutTableState
-from rl_buffer.server_core import Outgoing, ServerCore
+from rl_buffer.peers import identify, peer_process, readable
+from rl_buffer.server_core import MAX_NAME_LENGTH, Outgoing
+from rl_buffer.sessions import WriterProgress
 from rl_buffer.spec import Field, RowLayout
 from rl_buffer.storage import OwnedSegment, check_memory
-from rl_buffer.tables import ReplayTable, RolloutTable
+from rl_buffer.table_memory import reserve_memory
+from rl_buffer.tables import RolloutTable
 
 MAX_PARAMETER_SETS = 64
 _MESSAGES_PER_TURN = 256  # then attaching clients and exits get their turn
-_SEND_HWM = 10_000  # replies that a client may leave unread; more are dropped
+# Messages that a client may leave unread; more are dropped. Its fragments may come in one message each.
+_SEND_HWM = 1_000
+_RECEIVE_HWM = 16  # of one channel; then its client waits. 4 clients with 16 send as many a second as with 10,000
 _INT64_NBYTES = 8
+_ANY_SEGMENT = messages.SegmentInfo(1, 2**63)
 
 
 class _Stop(BaseException):
     """SIGTERM arrived while the server was starting."""
-
-
-@dataclass(slots=True)
-class _TableMemory:
-    config: ReplayTable | RolloutTable
-    rows: OwnedSegment
-    generations: OwnedSegment
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class _Connection:
     pidfd: int
     pid: int
     token: bytes = b""  # empty until Hello
+    is_guest: bool = False  # of another user
 
 
 class ServerLoop:
@@ -71,23 +73,51 @@ class ServerLoop:
     def __init__(self, config: ServerConfig) -> None:
         """Reserve memory, compile kernels and bind, in this order, so that a bound address is a working one."""
         self._address = Address(config.address)
-        self._lock_fd = self._address.acquire()
+        self._lock_fd = self._address.acquire(serves_others=bool(config.allowed_uids))
+        reached("server.locked")
         try:
             self._config = config
-            self._memory = _reserve_tables(config.tables)
-            states = {name: _new_state(memory) for name, memory in self._memory.items()}
-            epoch = secrets.randbits(63) | 1
-            self._core = ServerCore(epoch, states, config.stats)
-            self._parameters: dict[str, _ParameterMemory] = {}
+            # What does not fit is refused before memory is reserved.
+            with contextlib.nullcontext() if config.restore is None else CheckpointReader(config.restore) as saved:
+                contents = None if saved is None else read_contents(saved, config.tables)
+                self._memory = reserve_memory(config, _say_reserved)
+                reached("server.allocated")
+                self._core = self._memory.new_core(secrets.randbits(63) | 1)
+                self._parameters: dict[str, _ParameterMemory] = {}
+                if saved is not None and contents is not None:
+                    self._restore(saved, contents)
+            self._memory.complete(self._core)
             self._connections: dict[int, _Connection] = {}  # by descriptor of the socket or of the process
             self._epoll = select.epoll()
+            self._watch_survivors()
+            table_fds = {f"rows:{name}": memory.rows.fd for name, memory in self._memory.tables.items()}
+            self._checkpointer = Checkpointer(self._core, self._epoll, table_fds, self._parameter_contents)
+            self._strangers: dict[_Connection, None] = {}  # that have not said hello, the first to come first
             self._bind()
+            self._core.max_descriptors = descriptors.num_for_clients()
+            reached("server.bound")
         except BaseException:
+            if hasattr(self, "_memory"):
+                self._memory.close()
             self._address.release(self._lock_fd)
             raise
 
+    def _restore(self, saved: CheckpointReader, contents: Contents) -> None:
+        """Fill everything from a checkpoint."""
+        states = {name: table.state for name, table in self._core.tables.items()}
+        rows = {name: _as_rows(memory.rows, memory.config.num_rows) for name, memory in self._memory.tables.items()}
+        restore(saved, contents, states, rows, self._core.stats)
+        self._core.known_writers |= {
+            bytes.fromhex(writer_id): WriterProgress(*progress) for writer_id, progress in contents.writers.items()
+        }
+        for name, parameters in contents.parameters.items():
+            self._create_parameters(name, parameters.fields)
+            saved.read_into(f"parameters:{name}", _as_rows(self._parameters[name].rows, NUM_SLOTS)[:1])
+            self._core.parameters[name].restore(parameters.version)
+
     def _bind(self) -> None:
-        previous_mask = os.umask(0o177)
+        self._uids = (os.getuid(), *self._config.allowed_uids)
+        previous_mask = os.umask(0o111 if self._config.allowed_uids else 0o177)
         try:
             self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
             self._listener.bind(os.fspath(self._address.attach))
@@ -95,10 +125,14 @@ class ServerLoop:
             self._router = self._context.socket(zmq.ROUTER)
             self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
             self._router.setsockopt(zmq.LINGER, 0)
-            self._router.setsockopt(zmq.SNDHWM, _SEND_HWM)
-            self._router.setsockopt(zmq.RCVHWM, _SEND_HWM)
+            num_fragments = (t.num_fragments for t in self._config.tables.values() if isinstance(t, RolloutTable))
+            self._router.setsockopt(zmq.SNDHWM, _SEND_HWM + max(num_fragments, default=0))
+            self._router.setsockopt(zmq.RCVHWM, _RECEIVE_HWM)
             self._router.setsockopt(zmq.MAXMSGSIZE, frames.MAX_MESSAGE_NBYTES)
+            for uid in self._uids:
+                self._router.setsockopt(zmq.IPC_FILTER_UID, uid)
             self._router.bind(self._address.control_endpoint)
+            self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
             self._listener.listen(128)  # last: clients look for this one
         finally:
             os.umask(previous_mask)
@@ -116,6 +150,7 @@ class ServerLoop:
             ready = dict(poller.poll())
             if self._router in ready:
                 self._serve_messages()
+                self._send(self._checkpointer.start())
             if self._epoll.fileno() in ready:
                 for fd, _ in self._epoll.poll(0):
                     if fd in ends:
@@ -126,8 +161,10 @@ class ServerLoop:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
         self._context.destroy(linger=0)
         self._listener.close()
+        self._memory.close()
         self._address.release(self._lock_fd)
 
     # ---- control socket ------------------------------------------------------------------------------------
@@ -138,20 +175,29 @@ class ServerLoop:
                 channel_id, *parts = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
+            reached("server.received")
             frame = parts[0] if len(parts) == 1 else b""  # no message has parts: refused as an unknown kind
             self._send(self._core.handle(channel_id, frame, time.monotonic()))
 
     def _send(self, outgoing: Outgoing) -> None:
         for channel_id, frame in outgoing:
+            reached("server.answering")
             # Gone, or not reading: its own deadline will tell it. Nobody else waits for it.
-            with contextlib.suppress(zmq.Again, zmq.ZMQError):
-                self._router.send_multipart((channel_id, frame), zmq.NOBLOCK)
+            with contextlib.suppress(zmq.ZMQError):
+                try:
+                    self._router.send_multipart((channel_id, frame), zmq.NOBLOCK)
+                except zmq.Again:
+                    self._core.num_undelivered += 1
+            reached("server.answered")
 
     # ---- attach socket -------------------------------------------------------------------------------------
 
     def _serve_descriptor(self, fd: int) -> None:
         if fd == self._listener.fileno():
             self._accept()
+            return
+        if fd == self._checkpointer.fd:
+            self._send(self._checkpointer.serve())
             return
         connection = self._connections.get(fd)
         if connection is None:
@@ -185,22 +231,59 @@ class ServerLoop:
     def _accept(self) -> None:
         try:
             client, _ = self._listener.accept()
-        except OSError:  # gone again, or out of descriptors: it sees its deadline
+        except (BlockingIOError, ConnectionAbortedError):  # gone again
+            return
+        except OSError as error:
+            self._turn_away(error)
             return
         client.setblocking(False)
         try:
-            pid, pidfd = peer_process(client)
+            # The lowest free number is given: all below this one are taken.
+            if client.fileno() >= descriptors.limit() - descriptors.MAX_STRANGERS:
+                raise ConnectionRefused("the server has as many descriptors open as it may (ulimit -n)")
+            pid, uid, pidfd = peer_process(client, self._uids)
         except OSError as error:  # ConnectionRefused is one
-            with contextlib.suppress(OSError):
-                client.send(messages.encode_attach(messages.Refused(str(error))))
+            self._refuse(client, error)
             client.close()
             return
-        connection = _Connection(client, pidfd, pid)
+        reached("server.accepted")
+        if len(self._strangers) == descriptors.MAX_STRANGERS:
+            silent = next(iter(self._strangers))
+            self._refuse(silent.socket, ConnectionRefused(f"{len(self._strangers)} others have come and said nothing"))
+            self._forget(silent)
+        connection = _Connection(client, pidfd, pid, is_guest=uid != os.getuid())
         for fd in (client.fileno(), pidfd):
             self._connections[fd] = connection
             self._epoll.register(fd, select.EPOLLIN)
+        self._strangers[connection] = None
+
+    def _turn_away(self, error: OSError) -> None:
+        """There is no descriptor for the next connection. Left in the queue, it would wake this loop for ever."""
+        with contextlib.suppress(OSError):
+            os.close(self._spare_fd)
+            with self._listener.accept()[0] as client:
+                self._refuse(client, error)
+        with contextlib.suppress(OSError):
+            self._spare_fd = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _refuse(self, client: socket.socket, error: Exception) -> None:
+        """Say why; to be closed afterwards."""
+        refused = messages.Refused(self._core.refused(error))
+        with contextlib.suppress(OSError):
+            client.send(messages.encode_attach(refused), socket.MSG_DONTWAIT)
+
+    def _watch_survivors(self) -> None:
+        """Look out for the end of those clients of an earlier server that may still write into rows of theirs."""
+        for survivor in self._memory.survivors:
+            if survivor.pidfd is not None:
+                closed = socket.socket(socket.AF_UNIX)
+                closed.close()
+                connection = _Connection(closed, survivor.pidfd, survivor.pid, survivor.token)
+                self._connections[survivor.pidfd] = connection
+                self._epoll.register(survivor.pidfd, select.EPOLLIN)
 
     def _forget(self, connection: _Connection) -> None:
+        self._strangers.pop(connection, None)
         del self._connections[connection.pidfd]
         os.close(connection.pidfd)  # closing takes it out of epoll
         if connection.socket.fileno() >= 0:
@@ -213,15 +296,17 @@ class ServerLoop:
         try:
             request = messages.decode_attach_request(packet)
             if isinstance(request, messages.Hello):
+                reached("server.greeted")
                 reply = self._welcome(connection, request, fds)
             elif not connection.token:
                 raise InvalidInput("the first message must be Hello")
             else:
                 reply = self._parameter_memory(request, fds)
         except (InvalidInput, NotEnoughMemory) as error:
-            reply, fds = messages.Refused(str(error)), []
+            reply, fds = messages.Refused(self._core.refused(error)), []
         with contextlib.suppress(OSError):
             socket.send_fds(connection.socket, [messages.encode_attach(reply)], fds)
+            reached("server.welcomed")
 
     def _welcome(self, connection: _Connection, hello: messages.Hello, fds: list[int]) -> messages.Welcome:
         if hello.protocol_version != messages.PROTOCOL_VERSION:
@@ -231,10 +316,20 @@ class ServerLoop:
             )
         if connection.token:
             raise InvalidInput("Hello was said already")
+        self._replace(hello.previous, connection.pid)
         # zmq keeps routing ids that begin with a zero byte for itself.
         token = bytes((1 + secrets.randbelow(255),)) + secrets.token_bytes(frames.TOKEN_NBYTES - 1)
-        self._core.attach(token, hello.name, connection.pid, time.monotonic())
+        self._core.attach(
+            token,
+            hello.name,
+            connection.pid,
+            time.monotonic(),
+            identify(connection.pid),
+            is_guest=connection.is_guest,
+        )
         connection.token = token
+        del self._strangers[connection]
+        reached("server.attached")
         tables = {
             name: messages.TableInfo(
                 memory.config,
@@ -242,9 +337,16 @@ class ServerLoop:
                 _offer(memory.rows, fds),
                 _offer(memory.generations, fds),
             )
-            for name, memory in self._memory.items()
+            for name, memory in self._memory.tables.items()
         }
         return messages.Welcome(self._core.epoch, token, tables, self._config.stats)
+
+    def _replace(self, token: bytes, pid: int) -> None:
+        """Free what process `pid` held with an earlier connection, if `token` is of one."""
+        previous = next((c for c in self._connections.values() if c.token == token != b"" and c.pid == pid), None)
+        if previous is not None:
+            self._forget(previous)
+        self._send(self._core.attached_again(token, pid))
 
     def _parameter_memory(
         self, request: messages.GetParameters | messages.CreateParameters, fds: list[int]
@@ -267,40 +369,38 @@ class ServerLoop:
     def _create_parameters(self, name: str, fields: list[tuple[str, Field]]) -> None:
         if len(self._parameters) >= MAX_PARAMETER_SETS:
             raise InvalidInput(f"{MAX_PARAMETER_SETS} parameter sets exist, which is the limit")
+        if not 1 <= len(name) <= MAX_NAME_LENGTH:
+            raise InvalidInput(f"the name of a parameter set has 1 to {MAX_NAME_LENGTH} characters, not {len(name)}")
+        described = messages.ParametersInfo(fields, NUM_SLOTS, _ANY_SEGMENT, _ANY_SEGMENT)
+        if len(messages.encode_attach(described)) > messages.MAX_ATTACH_NBYTES:
+            raise InvalidInput(
+                f"{len(fields)} tensors take more than {messages.MAX_ATTACH_NBYTES} bytes to describe; publish them "
+                "under several names"
+            )
+        self._core.require_descriptors(descriptors.PER_PARAMETER_SET)
         nbytes = NUM_SLOTS * RowLayout(dict(fields)).stride_nbytes
-        check_memory(nbytes)
+        check_memory(nbytes, f"parameters {name!r}", "publish fewer or smaller tensors")
         rows = OwnedSegment(f"parameters:{name}", nbytes)
         board = OwnedSegment(f"board:{name}", BOARD_LENGTH * _INT64_NBYTES, readers_only=True)
         self._parameters[name] = _ParameterMemory(fields, rows, board)
         self._core.parameters[name] = ParameterSlots(board.array("int64"))
 
+    def _parameter_contents(self) -> dict[str, ParameterMemory]:
+        return {
+            name: ParameterMemory(
+                self._core.parameters[name], memory.fields, memory.rows.nbytes // NUM_SLOTS, memory.rows.fd
+            )
+            for name, memory in self._parameters.items()
+        }
 
-def _new_state(memory: _TableMemory) -> ReplayTableState | RolloutTableState:
-    if isinstance(memory.config, RolloutTable):
-        return RolloutTableState(memory.config)
-    return ReplayTableState(memory.config, memory.generations.array("int64"))
 
-
-def _reserve_tables(tables: dict[str, ReplayTable | RolloutTable]) -> dict[str, _TableMemory]:
-    total = sum(table.rows_nbytes + table.num_rows * _INT64_NBYTES for table in tables.values())
-    # Masses, their sums and the queues of the bookkeeping: about 5 words a row, ordinary memory.
-    check_memory(total + sum(table.num_rows * 5 * _INT64_NBYTES for table in tables.values()))
-    reserved, memory = 0, {}
-    for name, table in tables.items():
-
-        def progress(nbytes: int, _: int, base: int = reserved) -> None:
-            _say(ServerStatus(reserved_nbytes=base + nbytes, total_nbytes=total))
-
-        rows = OwnedSegment(f"rows:{name}", table.rows_nbytes, progress=progress)
-        generations = OwnedSegment(f"generations:{name}", table.num_rows * _INT64_NBYTES, readers_only=True)
-        memory[name] = _TableMemory(table, rows, generations)
-        reserved += rows.nbytes + generations.nbytes
-    return memory
+def _as_rows(segment: OwnedSegment, num_rows: int) -> NDArray[np.int64]:
+    return segment.array("int64").reshape(num_rows, -1)
 
 
 def _offer(segment: OwnedSegment, fds: list[int]) -> messages.SegmentInfo:
     fds.append(segment.fd)
-    return messages.SegmentInfo(len(fds) - 1, segment.nbytes)
+    return messages.SegmentInfo(len(fds) - 1, segment.nbytes, segment.sealed)
 
 
 def _first_difference(ours: list[tuple[str, Field]], theirs: list[tuple[str, Field]]) -> str:
@@ -308,6 +408,10 @@ def _first_difference(ours: list[tuple[str, Field]], theirs: list[tuple[str, Fie
         if mine != other:
             return f"{mine} here, {other} in the request"
     return f"{len(ours)} tensors here, {len(theirs)} in the request"
+
+
+def _say_reserved(reserved_nbytes: int, total_nbytes: int) -> None:
+    _say(ServerStatus(reserved_nbytes=reserved_nbytes, total_nbytes=total_nbytes))
 
 
 def _say(status: ServerStatus) -> None:
@@ -332,9 +436,7 @@ def _main() -> None:
     signal.set_wakeup_fd(signals_writing_fd)
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us in order
-    # Each client takes five descriptors or more, and libzmq aborts the process when there are none left.
-    hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
+    descriptors.raise_limit()
     try:
         # Not end-of-file on stdin: a forked child of the parent would hold it open.
         parent_pidfd = os.pidfd_open(os.getppid())

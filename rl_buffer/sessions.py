@@ -2,6 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,13 @@ from rl_buffer.rollout_table import RolloutTableState
 NO_ROWS = np.empty(0, np.int64)
 
 
+class WriterProgress(NamedTuple):
+    """How much of what a writer sent is published."""
+
+    sequence: int  # commits up to this one, whole
+    num_published: int  # rows of the next one, as it was first sent
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One attached client process."""
@@ -23,6 +31,8 @@ class Session:
     pid: int
     attached_at_s: float
     connected: bool = True
+    client: int = 0  # its number in the ledger
+    is_guest: bool = False  # runs as another user than the server
     channels: "dict[bytes, WriterChannel | SamplerChannel | ReaderChannel]" = field(default_factory=dict)
 
 
@@ -34,14 +44,38 @@ class WriterChannel:
     session: Session
     table: "ServedTable"
     max_commit_rows: int
+    writer_id: bytes = b""
     rows: Rows = field(default_factory=lambda: NO_ROWS)
     num_rows_pending: int = 0  # of `rows`, the first this many belong to commits that wait for the limiter
     num_wanted: int = 0  # rows that it will get as soon as there are some
     sequence_received: int = 0
     sequence_committed: int = 0
+    num_published: int = 0  # rows of the commit after it; also those that an earlier channel of this writer published
+    num_grants: int = 0
     num_inserts: int = 0
     parameter_version: int = 0
     closing: bool = False
+    number: int = -1  # in the ledger
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether one of its commits waits for the limiter."""
+        return self.sequence_committed < self.sequence_received
+
+    @property
+    def progress(self) -> WriterProgress:
+        """Where it would go on with another channel."""
+        return WriterProgress(self.sequence_committed, self.num_published)
+
+    @property
+    def num_unsent(self) -> int:
+        """Rows that it holds and has not committed."""
+        return len(self.rows) - self.num_rows_pending
+
+    @property
+    def num_lacking(self) -> int:
+        """Rows without which it cannot make its next commit, if that is a full one."""
+        return max(0, self.max_commit_rows - self.num_unsent)
 
 
 @dataclass(slots=True, eq=False)
@@ -91,8 +125,30 @@ class ServedTable:
         self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
         self.wanting: deque[WriterChannel] = deque()  # writers with num_wanted > 0
         self.samplers: deque[SamplerChannel] = deque()  # the one whose last batch is longest ago comes first
-        self.readers: deque[ReaderChannel] = deque()
+        self.readers: deque[ReaderChannel] = deque()  # likewise
         self.num_overtaken = 0
+
+    def next_grant(self) -> "tuple[WriterChannel, int] | None":
+        """Who gets rows now, and how many; None while there are too few.
+
+        First come, first served among those that lack rows for a full commit, and after them among the others. A
+        grant is what a writer lacks or, if nobody else waits, all that it wants; so each is enough to go on, and a
+        stopped writer keeps nobody waiting while a chunk is free. Who holds a part may overtake one for whom there is
+        not enough: or all could hold parts, and wait for each other.
+        """
+        if not self.wanting:
+            return None
+        num_free = self.state.num_reservable
+        lacking = [writer for writer in self.wanting if writer.num_lacking]
+        if not lacking or len(self.wanting) == 1:
+            first = self.wanting[0]
+            if first.num_wanted <= num_free:
+                return first, first.num_wanted
+        for writer in (*lacking[:1], *(writer for writer in lacking if writer.num_unsent)):
+            num_rows = min(writer.num_lacking, writer.num_wanted)
+            if num_rows <= num_free:
+                return writer, num_rows
+        return None
 
     @property
     def replay(self) -> ReplayTableState:

@@ -156,13 +156,22 @@ class StatsTracker:
         self._undrained.clear()
         return episodes
 
-    def record(self, episodes: Iterable[Episode]) -> None:
+    def record(self, episodes: Sequence[Episode]) -> None:
         """Add episodes that other trackers finished, numbered anew in the order in which they come.
 
         Raises:
-            InvalidInput: a number is not finite or out of range, or a key is unknown. None of them is added.
+            InvalidInput: as `check`. None of them is added.
         """
-        episodes = list(episodes)
+        self.check(episodes)
+        for episode in episodes:
+            self._append(msgspec.structs.replace(episode, sequence=self._lifetime.count))
+
+    def check(self, episodes: Sequence[Episode]) -> None:
+        """Refuse episodes that `record` would refuse, for those that are recorded later.
+
+        Raises:
+            InvalidInput: a number is not finite or out of range, or a key is unknown.
+        """
         for i, episode in enumerate(episodes):
             name = f"episodes[{i}]"
             if not 1 <= episode.length <= 2**53:
@@ -171,8 +180,6 @@ class StatsTracker:
             _require_known(f"{name}.done_reasons", episode.done_reasons, self.done_reason_keys)
             for field, number in {"reward": episode.reward, **episode.metrics}.items():
                 _require_within(f"{name}.{field}", number, LARGEST * episode.length)
-        for episode in episodes:
-            self._append(msgspec.structs.replace(episode, sequence=self._lifetime.count))
 
     def get_statistics(self) -> dict[str, float]:
         """Flat statistics, the category before each key; {} until an episode ends. O(window).
@@ -208,6 +215,34 @@ class StatsTracker:
         for key in self.done_reason_keys:
             series[f"Done/{key}"] = [float(key in e.done_reasons) for e in episodes]
         return series
+
+    @property
+    def lifetime(self) -> Moments:
+        """The rewards of all episodes; not to be changed."""
+        return self._lifetime
+
+    def state(self) -> dict[str, Any]:
+        """The window and the moments of all rewards, as JSON has them; running and undrained episodes are not in it."""
+        lifetime = {name: getattr(self._lifetime, name) for name in Moments.__slots__}
+        return {"episodes": msgspec.to_builtins(list(self._episodes)), "lifetime": lifetime}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; of a larger window the newest episodes.
+
+        Raises:
+            InvalidInput: there are other keys in it, or it contradicts itself. Nothing has changed.
+        """
+        try:
+            episodes = msgspec.convert(state["episodes"], list[Episode])
+            lifetime = msgspec.convert(state["lifetime"], Moments)
+        except (LookupError, msgspec.ValidationError) as error:
+            raise InvalidInput(f"this is not the state of a StatsTracker: {error!r}") from error
+        self.check(episodes)
+        sequences = [episode.sequence for episode in episodes]
+        if sequences != list(range(lifetime.count - len(episodes), lifetime.count)):
+            raise InvalidInput(f"episodes {sequences} are not the last of {lifetime.count}")
+        self._episodes = deque(episodes, maxlen=self.window)
+        self._lifetime = lifetime
 
     @classmethod
     def merge(cls, trackers: Sequence["StatsTracker"]) -> "StatsTracker":

@@ -1,8 +1,9 @@
-"""Shared memory without names: sealed memfds, how they are reserved, handed over and mapped.
+"""Shared memory: how it is reserved, handed over and mapped.
 
-A `Segment` is one memfd and one mapping of it. The server creates segments and passes their descriptors to
-clients; nothing is in /dev/shm, so nothing is left when every process is killed. Rows are mapped read-write by
-everybody, generations read-write by the server only (F_SEAL_FUTURE_WRITE). No torch, no sockets.
+A `Segment` is one memfd, or a file of a `directory`, and one mapping of it. The server creates segments and passes
+their descriptors to clients. A memfd has no name: nothing is left of it when every process is killed. Rows are mapped
+read-write by everybody, generations read-write by the server only (F_SEAL_FUTURE_WRITE, or a descriptor that is open
+for reading only). No torch, no sockets.
 """
 
 import contextlib
@@ -20,6 +21,10 @@ from rl_buffer.errors import ForkedClient, NotEnoughMemory, RLBufferError
 
 _RESERVE_STEP_NBYTES = 256 << 20  # 0.1 s at the 2.6 GB/s of posix_fallocate: how often progress is reported
 _MEMORY_KEPT_FREE_NBYTES = 256 << 20
+_CGROUP_FILES = (  # limit, usage, and of this what is inactive file cache; of versions 2 and 1
+    ("memory.max", "memory.current", "inactive_file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 _F_SEAL_FUTURE_WRITE = 0x10  # linux/fcntl.h; Python 3.11's fcntl lacks it
 _SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
@@ -27,10 +32,16 @@ Progress = Callable[[int, int], None]  # (bytes reserved so far, bytes in all)
 
 
 class Segment:
-    """One memfd with sealed size, mapped as long as this object or an array over it lives."""
+    """Memory of fixed size, mapped as long as this object or an array over it lives."""
 
-    def __init__(self, fd: int, nbytes: int, *, writable: bool) -> None:
+    def __init__(self, fd: int, nbytes: int, *, writable: bool, sealed: bool = True) -> None:
         """Map an open memfd; the descriptor stays the caller's.
+
+        Args:
+            fd: of it.
+            nbytes: its size, as the server said.
+            writable: may be written through this mapping.
+            sealed: False for a file, whose size nothing fixes but that nobody has a reason to cut it short.
 
         Raises:
             RLBufferError: its size or seals are not what the server promised; mapping it could end in SIGBUS.
@@ -38,9 +49,10 @@ class Segment:
         actual_nbytes = os.fstat(fd).st_size
         if actual_nbytes != nbytes:
             raise RLBufferError(f"shared memory has {actual_nbytes} bytes, the server promised {nbytes}")
-        if _seals(fd) & _SIZE_SEALS != _SIZE_SEALS:
+        if sealed and _seals(fd) & _SIZE_SEALS != _SIZE_SEALS:
             raise RLBufferError("shared memory is not sealed against resizing; it is not from this server")
         self.nbytes = nbytes
+        self.sealed = sealed
         access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
         self.buffer = mmap.mmap(fd, nbytes, mmap.MAP_SHARED, access)
         # A forked child would write into rows that its parent holds; without the mapping it cannot.
@@ -77,12 +89,7 @@ class OwnedSegment(Segment):
         shown_name = f"rl_buffer:{ascii(name)[1:-1]:.200}"
         self.fd = os.memfd_create(shown_name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, nbytes)
-            for start in range(0, nbytes, _RESERVE_STEP_NBYTES):
-                step = min(_RESERVE_STEP_NBYTES, nbytes - start)
-                os.posix_fallocate(self.fd, start, step)
-                if progress is not None:
-                    progress(start + step, nbytes)
+            _reserve(self.fd, nbytes, progress)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
             super().__init__(self.fd, nbytes, writable=True)
             if readers_only:  # after our own mapping, which stays writable
@@ -102,6 +109,41 @@ class OwnedSegment(Segment):
             self.fd = -1
 
 
+class FileSegment(OwnedSegment):
+    """A segment in a file, which outlives this process. Nobody must cut the file short: who has it mapped would die."""
+
+    def __init__(
+        self, path: Path, nbytes: int, *, readers_only: bool = False, progress: Progress | None = None
+    ) -> None:
+        """Open the file, or make it, private and with all of its blocks, so that no later write finds the disk full.
+
+        Raises:
+            RLBufferError: it is there with another size.
+            OSError: the file system has no room for it, or it cannot be opened.
+        """
+        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            if os.fstat(self.fd).st_size == 0:
+                _reserve(self.fd, nbytes, progress)
+            super(OwnedSegment, self).__init__(self.fd, nbytes, writable=True, sealed=False)
+            if readers_only:  # what is handed out
+                writable_fd, self.fd = self.fd, os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                os.close(writable_fd)
+        except BaseException:
+            self.close()
+            raise
+
+
+def _reserve(fd: int, nbytes: int, progress: Progress | None) -> None:
+    """Give an empty file its size and all of its memory or blocks."""
+    os.ftruncate(fd, nbytes)
+    for start in range(0, nbytes, _RESERVE_STEP_NBYTES):
+        step = min(_RESERVE_STEP_NBYTES, nbytes - start)
+        os.posix_fallocate(fd, start, step)
+        if progress is not None:
+            progress(start + step, nbytes)
+
+
 class ProcessGuard:
     """Remembers which process it was made in, because mappings and sockets do not survive a fork."""
 
@@ -117,18 +159,22 @@ class ProcessGuard:
             )
 
 
-def check_memory(need_nbytes: int) -> None:
-    """Refuse tables that this machine or container cannot hold, before anything is reserved.
+def check_memory(
+    need_nbytes: int,
+    what: str = "the tables",
+    hint: str = "lower capacity or headroom, store observations in a smaller dtype",
+) -> None:
+    """Refuse what this machine or container cannot hold, before anything is reserved.
 
     Raises:
         NotEnoughMemory: with need, have and a hint.
     """
     have_nbytes = available_memory_nbytes()
     if need_nbytes + _MEMORY_KEPT_FREE_NBYTES > have_nbytes:
+        need_nbytes = min(need_nbytes, 1 << 90)  # a client may ask for more than a float can hold
         raise NotEnoughMemory(
-            f"the tables need {need_nbytes / 2**30:.2f} GiB, and {have_nbytes / 2**30:.2f} GiB are available "
-            f"(of which {_MEMORY_KEPT_FREE_NBYTES / 2**20:.0f} MiB stay free); lower capacity or headroom, store "
-            "observations in a smaller dtype, or raise the container's memory limit"
+            f"{what} need {need_nbytes / 2**30:.2f} GiB, and {have_nbytes / 2**30:.2f} GiB are available (of which "
+            f"{_MEMORY_KEPT_FREE_NBYTES / 2**20:.0f} MiB stay free); {hint}, or raise the container's memory limit"
         )
 
 
@@ -137,19 +183,30 @@ def available_memory_nbytes() -> int:
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     for group in _cgroups():
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
-            limit = int((group / "memory.max").read_text())
-            used = int((group / "memory.current").read_text())
-            available = min(available, limit - used)
-    return available
+        for limit_name, used_name, cache_name in _CGROUP_FILES:
+            with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is the word "max"
+                limit = int((group / limit_name).read_text())
+                used = int((group / used_name).read_text())
+                available = min(available, limit - used + _reclaimable_nbytes(group, cache_name))
+    return max(0, available)
+
+
+def _reclaimable_nbytes(group: Path, name: str) -> int:
+    """Of what a cgroup uses: file cache that the kernel drops first. After a look at a data set it is nearly all."""
+    with contextlib.suppress(OSError):
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return int(stat.get(name, 0))
+    return 0
 
 
 def _cgroups() -> list[Path]:
-    """This process's cgroup (version 2) and all above it: each may carry a limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        own = Path("/proc/self/cgroup").read_text().strip().rpartition("::")[2].lstrip("/")
-    except OSError:
-        return []
-    group = root / own
-    return [group, *(p for p in group.parents if p.is_relative_to(root))]
+    """This process's cgroups and all above them: each may carry a limit."""
+    groups: list[Path] = []
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "memory"):  # version 2, or 1
+                root = Path("/sys/fs/cgroup", controllers)
+                group = root / path.lstrip("/")
+                groups += [group, *(parent for parent in group.parents if parent.is_relative_to(root))]
+    return groups

@@ -235,6 +235,25 @@ class StatsConfig(msgspec.Struct, frozen=True):
     done_reason_keys: tuple[str, ...] = ()
 
 
+class TableCut(NamedTuple):
+    """What a checkpoint takes of one table, all of one moment; the views are read before anything else happens."""
+
+    rows: list[NDArray[np.int64]]  # views of the row numbers, one behind the other in the order to restore them in
+    masses: NDArray[np.float64] | None  # view [num_rows] of every row's, if they differ
+    values: dict[str, Any]  # counters and random state, as JSON has them
+
+
+class CheckpointReport(msgspec.Struct, frozen=True, tag=True):
+    """What `client.checkpoint` saved, and what that cost the others."""
+
+    path: str
+    nbytes: int  # of the file
+    num_items: dict[str, int]  # transitions, sequences or rollout fragments of each table
+    duration_s: float  # from the request until the file was on the disk
+    pause_ms: float  # of this, the server answered nobody
+    writers_waited_ms: float  # of this, a writer waited for rows that had to be copied first
+
+
 class Sample(NamedTuple):
     """Drawn rows with what is needed to check them and to weigh them, all of one moment."""
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_buffer.failpoints import reached
 from rl_buffer.n_step import Windows, assemble, td_errors
 from rl_buffer.samplers import Prioritized
 from rl_buffer.step_history import StepHistory
@@ -62,6 +63,7 @@ class TransitionHistory(StepHistory[Windows]):
         for path, leaf in self._leaves.items():
             steps = items.last if path.startswith("next_observations") else items.first
             views[path][rows] = leaf[steps, items.envs]
+            reached("writer.half_written")
         views["rewards"][rows] = items.rewards
         views["dones"][rows] = items.terminated
         views["discounts"][rows] = items.discounts

@@ -1,6 +1,6 @@
 """Measure rl_buffer beside other libraries, in one process and with one thread: tables, a chart and a JSON file.
 
-uv run scripts/bench.py                            everything, about three minutes
+uv run scripts/bench.py                            everything, about six minutes
 uv run scripts/bench.py --sections gae             one part
 uv run scripts/bench.py --quick                    seconds: does it run? Its figures say little
 uv pip install cpprb stable-baselines3 torchrl     the others, of which any may be missing
@@ -30,14 +30,19 @@ from benchmarks.advantages import GAE, TENSORS, gae
 from benchmarks.in_process import ADD, GET, in_process
 from benchmarks.measure import OURS, Case, Measurement, Options
 from benchmarks.report import Bar, Report
+from benchmarks.startup import ARRAYS_ONLY, CONNECTED, RESIDENT, startup
 from rich.console import Console
 
 import rl_buffer as rb
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {"in-process": in_process, "gae": gae}
+SECTIONS: dict[str, Callable[[Options], list[Measurement]]] = {
+    "in-process": in_process,
+    "gae": gae,
+    "startup": startup,
+}
 PEERS = ("cpprb", "stable-baselines3", "torchrl")
-QUICK = Options(sizes=(1_000, 4_000), num_turns=3, slice_s=0.01)
+QUICK = Options(sizes=(1_000, 4_000), num_turns=3, slice_s=0.01, num_actors=(1,), num_starts=1)
 BARS = (
     Bar("prioritized get, 1 M: cpprb / rl_buffer", Case(GET, "1 M", "cpprb"), Case(GET, "1 M", OURS), at_least=5),
     Bar("prioritized get: growth from 64 k to 8 M", Case(GET, "8 M", OURS), Case(GET, "64 k", OURS), below=3),
@@ -46,6 +51,9 @@ BARS = (
     Bar(
         "GAE 128 x 8: loop over tensors / rl_buffer", *(Case(GAE, "128 x 8", x) for x in (TENSORS, OURS)), at_least=100
     ),
+    Bar("16 actors connected: times as long as 1", Case(CONNECTED, "16", OURS), Case(CONNECTED, "1", OURS), below=3),
+    Bar("an actor without torch connected: seconds", Case(CONNECTED, "1", ARRAYS_ONLY), below=0.5),
+    Bar("an actor without torch resident: megabytes", Case(RESIDENT, "1", ARRAYS_ONLY), below=80),
 )
 
 
@@ -54,12 +62,12 @@ class Bench:
     """Options of the measurements."""
 
     sections: tuple[str, ...] = tuple(SECTIONS)
-    """Parts to run: in-process, gae."""
+    """Parts to run: in-process, gae, startup."""
     output: Path = Path("runs/bench")
     """Directory for bench.json and bench.png."""
     measure: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     quick: bool = False
-    """Small buffers, 3 turns of 0.01 s; --sizes, --num-turns and --slice-s do not count then."""
+    """Small buffers, 3 turns of 0.01 s, 1 actor; the options of the measurements do not count then."""
 
 
 def main(options: Bench) -> None:

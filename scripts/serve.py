@@ -18,6 +18,8 @@ from learner.script import options_from_command_line, run_script
 from rl_buffer.address import default_address
 
 _LOOK_EVERY_S = 0.2
+_START_TIMEOUT_S = 60.0
+_RESTORE_TIMEOUT_S = 3600.0  # a disk gives perhaps 0.3 GB/s
 
 
 @dataclass
@@ -34,16 +36,28 @@ class Serve:
     """Where to listen: ipc:// and a directory, which is made private."""
     seed: int = 0
     """Of the sampler."""
+    restore: Path | None = None
+    """Checkpoint to begin with, as `client.checkpoint(path)` writes it."""
+    directory: Path | None = None
+    """Keep the table in files here, on a tmpfs or a disk, and go on with it when the server is started again."""
+    allowed_uids: tuple[int, ...] = ()
+    """Numbers of other users whose processes may attach; they pass server_uid= to rl_buffer.connect."""
 
 
 def main(options: Serve) -> None:
     """Start the server, say where it is, and watch it."""
     table = ALGORITHMS[options.algo].make_table(options.table, options.crew, transition_spec(options.env), options.seed)
-    server = rb.BufferServer({TABLE: table}, options.address)
+    server = rb.BufferServer(
+        {TABLE: table},
+        options.address,
+        directory=options.directory,
+        restore=options.restore,
+        allowed_uids=options.allowed_uids,
+    )
     print(
         f"reserving {table.rows_nbytes / 2**20:,.0f} MiB for {table.num_rows:,} rows of {table.layout.stride_nbytes} B"
     )
-    with server:
+    with server.start(_RESTORE_TIMEOUT_S if options.restore else _START_TIMEOUT_S):
         print(f"serving {options.env} at {server.address} (pid {server.pid}); Ctrl-C ends it", flush=True)
         while server.is_alive():
             time.sleep(_LOOK_EVERY_S)

@@ -96,6 +96,16 @@ def hold_rows(address, pipe, *, close_socket):
     pipe.recv()
 
 
+def hold_rows_and_tell_token(address, pipe):
+    """Hold reserved rows until told to end, and say by what the server knows this process."""
+    client = rb.connect(address, 30.0)
+    writer = client.writer("n1", num_envs=1)
+    client.size("n1")
+    pipe.send(client._connection.token)
+    pipe.recv()
+    writer.close()
+
+
 def visit_often(address, pipe, num_clients):
     """Connect several times, write a little each time, hold rows and vanish without a word."""
     clients = []
@@ -157,6 +167,7 @@ def use_after_fork(address, pipe):
         "parameters": client.parameters,
         "publish": lambda: client.publish_parameters({"w": np.zeros(3)}),
         "writer": lambda: client.writer("replay", num_envs=1),
+        "reconnect": client.reconnect,
     }
     pid = os.fork()
     if pid == 0:
@@ -217,3 +228,63 @@ def hold_fragment(address, pipe, table, num_envs):
     writer.add(np.zeros((num_envs, 3)), [0] * num_envs, zeros, [False] * num_envs, zeros, zeros)
     pipe.send("holding")
     time.sleep(600)
+
+
+def write_pairs(address, pipe, first_number, tables):
+    """Write rows `first_number`, ... first to one table, then to the other, until killed; each is an episode."""
+    with rb.connect(address, 30.0) as client:
+        writers = [client.writer(table, num_envs=1, autoreset=None, chunk_size=8) for table in tables]
+        number = first_number
+        while True:
+            for writer in writers:
+                for i in range(8):
+                    writer.add(**numbered_row(number + i) | {"done": np.ones(1)})
+                writer.flush()
+            number += 8
+            if number == first_number + 8:
+                pipe.send("writing")
+
+
+def write_through_kills(address, pipe, first_number):
+    """Write rows `first_number`, ..., an episode each, with whichever server there is, until told to stop.
+
+    Says how many are acknowledged, and at last how many there are.
+    """
+    client = rb.connect(address, 60.0)
+    writer = client.writer("replay", num_envs=1, autoreset=None, chunk_size=8)
+    number = acknowledged = 0
+    while not pipe.poll():
+        try:
+            writer.add(**numbered_row(first_number + number) | {"done": np.ones(1)})
+            number += 1
+        except rb.ServerLost:
+            client.reconnect(60.0)
+        if writer.num_acknowledged != acknowledged:
+            acknowledged = writer.num_acknowledged
+            pipe.send(acknowledged)
+    writer.close()
+    pipe.send(("wrote", number))
+
+
+def write_half_of_a_chunk(address, pipe, first_number):
+    """Fill half of a chunk's rows, say so, and when told to go on commit it with whichever server there is."""
+    client = rb.connect(address, 60.0)
+    writer = client.writer("replay", num_envs=1, autoreset=None, chunk_size=8)
+    copy_rows = writer._history.copy_rows
+
+    def copy_half_first(items, views, rows):
+        copy_rows(items[: len(items) // 2], views, rows[: len(rows) // 2])
+        pipe.send("half")
+        pipe.recv()
+        copy_rows(items, views, rows)
+
+    writer._history.copy_rows = copy_half_first
+    for number in range(8):
+        writer.add(**numbered_row(first_number + number))
+    writer._history.copy_rows = copy_rows
+    try:
+        writer.close()
+    except rb.ServerLost:
+        client.reconnect()
+        writer.close()
+    pipe.send("done")

@@ -1,18 +1,23 @@
 """Drives a `ServerCore` with real frames, no sockets, and compares everything that it knows."""
 
 import dataclasses
+from collections import deque
 
 import msgspec
 import numpy as np
 
 from rl_buffer import frames, messages
+from rl_buffer.allocator import RowQueue
 from rl_buffer.frames import Batch, Commit, Credit, Grant
 from rl_buffer.messages import Envelope
+from rl_buffer.parameter_slots import BOARD_LENGTH, ParameterSlots
 from rl_buffer.rate_limiters import SampleToInsertRatio
 from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_core import ServerCore
+from rl_buffer.sessions import ReaderChannel, WriterChannel
 from rl_buffer.spec import Field, TransitionSpec
-from rl_buffer.tables import ReplayTable, StatsConfig
+from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
 EPOCH = 0x1234_5678_9ABC_DEF0
 SPEC = TransitionSpec(obs=Field((1,)), action=Field((1,)))
@@ -37,13 +42,26 @@ def floats(*values):
     return np.array(values, np.float64)
 
 
+def rollout_table(**options):
+    return RolloutTable(SPEC, **{"num_steps": 2, "num_envs": 1, "num_fragments": 4} | options)
+
+
 def make_core(**tables):
+    """A core of these tables: `rollout_table`s, or the arguments of a replay table, which is what there is by default.
+
+    Parameters "policy" exist, and have no version yet.
+    """
     tables = tables or {"replay": {}}
     states = {}
-    for name, arguments in tables.items():
-        config = ReplayTable(SPEC, **{"capacity": 8, "headroom": 8, "seed": 0} | arguments)
-        states[name] = ReplayTableState(config, np.zeros(config.num_rows, np.int64))
-    return ServerCore(EPOCH, states, StatsConfig())
+    for name, table in tables.items():
+        if isinstance(table, RolloutTable):
+            states[name] = RolloutTableState(table)
+        else:
+            config = ReplayTable(SPEC, **{"capacity": 8, "headroom": 8, "seed": 0} | table)
+            states[name] = ReplayTableState(config, np.zeros(config.num_rows, np.int64))
+    core = ServerCore(EPOCH, states, StatsConfig())
+    core.parameters["policy"] = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
+    return core
 
 
 class Client:
@@ -87,6 +105,21 @@ class Client:
         commit = Commit(EPOCH, num_rows, self.sequences[channel], 0, wanted, None, [])
         return decoded(self.core.handle(self.id(channel), commit._replace(**changes).encode(), 0.0))
 
+    def open_reader(self, channel=1, table="rollout"):
+        reply, events = self.ask(messages.OpenReader(channel, table))
+        assert reply == messages.Opened(), reply
+        return events
+
+    def open_rollout_writer(self, channel=1):
+        return self.open_writer(channel, "rollout", max_commit_rows=1, num_wanted=1)
+
+    def publish(self):
+        """The version that "policy" has then, or why the server does not take it."""
+        reply, _ = self.ask(messages.ReserveParameters("policy"))
+        if isinstance(reply, messages.Slot):
+            reply, _ = self.ask(messages.PublishParameters("policy", reply.slot))
+        return reply.version if isinstance(reply, messages.Slot) else reply.reason
+
     def credit(self, channel=1, num_credits=1, rows=(), generations=(), td_errors=(), **changes):
         credit = Credit(EPOCH, num_credits, 0, ints(*rows), ints(*generations), floats(*td_errors))
         return decoded(self.core.handle(self.id(channel), credit._replace(**changes).encode(), 0.0))
@@ -121,6 +154,10 @@ def plain(value):
     """A comparable copy of a part of the server's state."""
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if isinstance(value, dict | deque):
+        return list(value.items() if isinstance(value, dict) else value)
+    if isinstance(value, RowQueue):
+        return value.peek(value.length).tolist()
     if dataclasses.is_dataclass(value) or isinstance(value, msgspec.Struct):
         names = [f.name for f in (dataclasses if dataclasses.is_dataclass(value) else msgspec.structs).fields(value)]
         return {name: plain(getattr(value, name)) for name in names if name not in ("session", "table", "writer")}
@@ -133,47 +170,73 @@ def snapshot(core):
     tables = {}
     for name, table in core.tables.items():
         state = table.state
-        sampler = state._sampler
-        rows = np.arange(state.config.num_rows)
-        tables[name] = {
-            "committed": state.allocator.committed().tolist(),
-            "free": state.allocator._free.peek(state.allocator._free.length).tolist(),
-            "generations": state.generations.tolist(),
-            "masses": sampler.masses_of(rows).tolist()
-            if hasattr(sampler, "masses_of")
-            else sampler._live.members.tolist(),
-            "random": state._rng.bit_generator.state,
-            "limiter": dict(vars(state.limiter)),
+        own = rollouts_snapshot(state) if isinstance(state, RolloutTableState) else replay_snapshot(state)
+        tables[name] = own | {
             "pending": [(p.writer.channel_id, p.commit.sequence, p.num_published) for p in table.pending],
             "wanting": [writer.channel_id for writer in table.wanting],
             "samplers": [sampler.channel_id for sampler in table.samplers],
+            "readers": [reader.channel_id for reader in table.readers],
             "overtaken": table.num_overtaken,
         }
     sessions = {
         session.token: (session.connected, {key: plain(channel) for key, channel in session.channels.items()})
         for session in core.sessions.values()
     }
-    boards = {name: slots._board.tolist() for name, slots in core.parameters.items()}
-    return info, tables, sessions, boards, core.stats.get_raw_values(), core.stats.get_statistics()
+    parameters = {name: (slots._board.tolist(), slots._holder) for name, slots in core.parameters.items()}
+    stats = core.stats.get_raw_values(), core.stats.get_statistics()
+    return info, tables, sessions, parameters, dict(core.known_writers), core.checkpoint, stats
+
+
+def replay_snapshot(state):
+    sampler, rows = state._sampler, np.arange(state.config.num_rows)
+    return {
+        "committed": state.allocator.committed().tolist(),
+        "free": state.allocator.free().tolist(),
+        "generations": state.generations.tolist(),
+        "masses": sampler.masses_of(rows).tolist() if hasattr(sampler, "masses_of") else sampler._live.members.tolist(),
+        "random": state._rng.bit_generator.state,
+        "limiter": dict(vars(state.limiter)),
+    }
+
+
+def rollouts_snapshot(state):
+    return {name: plain(value) for name, value in vars(state).items() if name != "config"}
 
 
 def check_tables(core):
     """What holds at every moment, whatever clients sent."""
     for table in core.tables.values():
-        state, allocator = table.state, table.state.allocator
-        held = [
-            channel.rows.tolist()
+        channels = [
+            channel
             for session in core.sessions.values()
             for channel in session.channels.values()
-            if channel.table is table and hasattr(channel, "rows")
+            if channel.table is table
         ]
-        committed = allocator.committed().tolist()
-        free = allocator._free.peek(allocator._free.length).tolist()
-        everything = sorted(sum(held, committed + free))
-        assert everything == list(range(state.config.num_rows)), "a row is lost or owned twice"
-        assert sum(map(len, held)) == allocator.num_reserved <= allocator.headroom
-        assert len(committed) <= allocator.capacity
-        assert np.flatnonzero(state.generations % 2).tolist() == sorted(committed)
-        assert state._sampler.num_items == len(committed) == state.limiter.size
+        held = [row for c in channels if isinstance(c, WriterChannel) for row in c.rows.tolist()]
+        read = [row for c in channels if isinstance(c, ReaderChannel) for row in c.rows]
+        if isinstance(table.state, RolloutTableState):
+            check_rollouts(table.state, held, read)
+        else:
+            check_replay(table.state, held)
         assert all(writer.num_wanted for writer in table.wanting)
+        assert table.next_grant() is None, "a writer waits for rows that are there"
     msgspec.msgpack.encode(core.info(0.0))
+
+
+def check_replay(state, held):
+    allocator = state.allocator
+    committed, free = allocator.committed().tolist(), allocator.free().tolist()
+    assert sorted(held + committed + free) == list(range(state.config.num_rows)), "a row is lost or owned twice"
+    assert len(held) == allocator.num_reserved <= allocator.headroom
+    assert len(committed) <= allocator.capacity
+    assert np.flatnonzero(state.generations % 2).tolist() == sorted(committed)
+    assert state._sampler.num_items == len(committed) == state.limiter.size
+
+
+def check_rollouts(state, held, read):
+    free, finished = plain(state._free), [fragment.row for fragment in state._finished]
+    everything = sorted(free + state._held + held + finished + read)
+    assert everything == list(range(state.config.num_fragments)), "a fragment is lost or in two places"
+    assert sorted(held) == sorted(state._writing)
+    assert sorted(read) == sorted(state._reading)
+    assert np.flatnonzero(state.generations % 2).tolist() == sorted(finished + read)

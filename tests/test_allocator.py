@@ -70,6 +70,21 @@ def test_a_holder_that_never_commits_keeps_its_rows_and_nobody_waits_for_them():
     assert (allocator.num_reserved, allocator.num_committed) == (3, 4)
 
 
+def test_rows_that_are_being_copied_are_reserved_again_in_the_order_in_which_they_were_copied():
+    allocator = RowAllocator(capacity=4, headroom=4)
+    allocator.commit(allocator.reserve(4))
+    assert [row for view in allocator.freeze() for row in view.tolist()] == [0, 1, 2, 3]
+    for left in (2, 0):
+        allocator.commit(allocator.reserve(2))
+        assert allocator.num_reservable == left
+    assert allocator.committed().tolist() == [4, 5, 6, 7], "writers go on in the headroom"
+    assert allocator.num_held == 4
+    allocator.copied(1)
+    assert (allocator.num_held, allocator.reserve(1).tolist()) == (3, [0])
+    allocator.copied(4)
+    assert (allocator.num_held, allocator.reserve(3).tolist()) == (0, [1, 2, 3])
+
+
 @pytest.mark.parametrize("num_rows", [3, -1, 2**40])
 def test_more_rows_than_the_headroom_has_left_are_refused_and_nothing_changes(num_rows):
     allocator = RowAllocator(capacity=8, headroom=4)
@@ -103,12 +118,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator = RowAllocator(capacity, headroom)
         self.free = list(range(capacity + headroom))
         self.reserved, self.committed = [], []  # lists of rows, rows
+        self.uncopied = []  # frozen rows, oldest first
 
     @rule(data=st.data())
     def reserve(self, data):
         n = data.draw(st.integers(0, self.allocator.num_reservable))
         rows = self.allocator.reserve(n).tolist()
         assert rows == self.free[:n], "the longest free come first"
+        assert not set(rows) & set(self.uncopied), "a row is written to that is being copied"
         del self.free[:n]
         self.reserved.append(rows)
 
@@ -133,6 +150,17 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator.release(ints(*rows))
         self.free += rows
 
+    @precondition(lambda self: not self.uncopied)
+    @rule()
+    def freeze(self):
+        self.uncopied = [row for view in self.allocator.freeze() for row in view.tolist()]
+        assert self.uncopied == self.committed
+
+    @rule(num_rows=st.integers(0, 12))
+    def copy(self, num_rows):
+        self.allocator.copied(num_rows)
+        del self.uncopied[:num_rows]
+
     @rule()
     def clear(self):
         assert self.allocator.clear().tolist() == self.committed
@@ -146,6 +174,10 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert allocator.num_reserved == sum(map(len, self.reserved)) <= allocator.headroom
         assert allocator.num_committed == len(self.committed) <= allocator.capacity
         assert allocator._free.peek(allocator._free.length).tolist() == self.free
+        assert allocator.num_held == len(set(self.uncopied) & set(self.free))
+        num_left = allocator.headroom - allocator.num_reserved
+        assert 0 <= allocator.num_reservable <= num_left
+        assert allocator.num_reservable == num_left or allocator.num_held, "a copy that is ahead costs nothing"
         everything = sorted([*self.free, *self.committed, *(row for rows in self.reserved for row in rows)])
         assert everything == list(range(allocator.num_rows))
 

@@ -50,11 +50,18 @@ def test_a_commit_arrives_as_it_was_sent(data, n, epoch, sequence, version, want
     assert same(commit, frames.decode_commit(commit.encode()))
 
 
-@given(st.data(), st.integers(0, 5), u64, u64)
+@given(st.data(), st.integers(0, 5), u64, u64, u64)
 @settings(derandomize=True)
-def test_a_grant_arrives_as_it_was_sent(data, n, epoch, acknowledged):
-    grant = Grant(epoch, acknowledged, data.draw(arrays(n, int64s, np.int64)))
+def test_a_grant_arrives_as_it_was_sent(data, n, epoch, number, acknowledged):
+    grant = Grant(epoch, number, acknowledged, data.draw(arrays(n, int64s, np.int64)))
     assert same(grant, frames.decode_grant(grant.encode()))
+    assert same(grant, frames.decode_grant(grant.encode(), number))
+
+
+def test_a_grant_after_one_that_was_lost_is_refused():
+    grant = Grant(0, 7, 0, np.array([1, 2]))
+    with pytest.raises(InvalidInput, match="grant 7 came instead of 6"):
+        frames.decode_grant(grant.encode(), 6)
 
 
 @given(st.data(), st.integers(0, 5), u64, u32, u32)
@@ -90,11 +97,13 @@ REQUESTS = [
     messages.GetSize("replay"),
     messages.GetInfo(),
     messages.GetStats(),
+    messages.Checkpoint("/some/file"),
 ]
 REPLIES = [
     messages.Opened(),
     messages.Slot(1, 2),
     messages.Value({"a": [1, 2.5, "x", None]}),
+    messages.CheckpointReport("/some/file", 123, {"replay": 4}, 0.5, 6.0, 7.0),
     messages.Refused("why"),
 ]
 

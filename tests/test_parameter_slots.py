@@ -144,6 +144,31 @@ def test_a_reader_keeps_its_slot_while_fewer_than_all_others_are_published():
     assert accepted == [(1, 1, [1, 1, 1])]
 
 
+def test_a_frozen_slot_is_not_written_before_it_is_copied():
+    slots = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
+    slots.publish("learner", slots.reserve("learner"))
+    frozen = slots.freeze()
+    for version in range(2, 10):
+        slot = slots.reserve("learner")
+        assert slot != frozen
+        assert slots.publish("learner", slot) == version
+    slots.copied(1)
+    assert slots.reserve("learner") == frozen
+
+
+def test_a_version_that_was_saved_is_the_newest_and_the_next_one_follows():
+    board = np.zeros(BOARD_LENGTH, np.int64)
+    slots = ParameterSlots(board)
+    slots.restore(7)
+    assert (slots.version, board[NEWEST_SLOT], board[FIRST_SLOT_VERSION]) == (7, 0, 7)
+    slot = slots.reserve("learner")
+    assert slot != 0
+    assert slots.publish("learner", slot) == 8
+    for version in (0, -1, 2**63):
+        with pytest.raises(InvalidInput, match=f"version {version} of parameters"):
+            slots.restore(version)
+
+
 def test_one_publisher_at_a_time():
     slots = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
     slot = slots.reserve("a")

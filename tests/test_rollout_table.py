@@ -38,9 +38,9 @@ def test_fragments_are_handed_out_once_in_the_order_of_their_commits():
     first, second = fragments.reserve(1), fragments.reserve(1)
     fragments.commit(second, version=0)
     fragments.commit(first, version=0)
-    leased = fragments.lease(5, newest_version=0)
+    leased = fragments.lease(5, newest_version=0).fragments
     assert [fragment.row for fragment in leased] == [*second, *first]
-    assert fragments.lease(5, newest_version=0) == []
+    assert fragments.lease(5, newest_version=0).fragments == []
     fragments.finish(rows(*second))
     assert (fragments.num_free, fragments.num_reading, len(fragments)) == (2, 1, 0)
 
@@ -48,10 +48,10 @@ def test_fragments_are_handed_out_once_in_the_order_of_their_commits():
 def test_what_a_dead_reader_held_comes_before_everything_that_was_finished_since():
     fragments = state(num_fragments=4)
     held = [write(fragments) for _ in range(2)]
-    assert len(fragments.lease(2, 0)) == 2
+    assert len(fragments.lease(2, 0).fragments) == 2
     later = write(fragments)
     fragments.give_back(rows(*reversed(held)))
-    assert [fragment.row for fragment in fragments.lease(9, 0)] == [*held, later]
+    assert [fragment.row for fragment in fragments.lease(9, 0).fragments] == [*held, later]
     assert fragments.num_handed_out == 5
 
 
@@ -59,7 +59,7 @@ def test_fragments_with_too_much_lag_are_dropped_and_counted():
     fragments = state(max_version_lag=1)
     write(fragments, version=3)
     fresh = write(fragments, version=4)
-    assert [fragment.row for fragment in fragments.lease(2, newest_version=5)] == [fresh]
+    assert [fragment.row for fragment in fragments.lease(2, newest_version=5).fragments] == [fresh]
     assert (fragments.num_dropped, fragments.num_free) == (1, 2)
 
 
@@ -89,7 +89,7 @@ def test_where_writers_wait_no_fragment_has_more_lag_than_allowed(max_version_la
             writing.append((fragments.reserve(1), version))
         elif writing:
             fragments.commit(*writing.pop(rng.integers(len(writing))))
-        leased = fragments.lease(fragments_per_update - len(held), version)
+        leased = fragments.lease(fragments_per_update - len(held), version).fragments
         lags += [version - fragment.version for fragment in leased]
         held += [fragment.row for fragment in leased]
         if len(held) == fragments_per_update:
@@ -104,9 +104,9 @@ def test_where_writers_wait_a_slow_one_is_not_overtaken_but_a_dead_one_is():
     fragments = state(max_version_lag=1, when_late="wait", fragments_per_update=1)
     slow = fragments.reserve(1)
     fast = write(fragments)
-    assert fragments.lease(2, 0) == []
+    assert fragments.lease(2, 0).fragments == []
     fragments.release(slow)
-    assert [fragment.row for fragment in fragments.lease(2, 0)] == [fast]
+    assert [fragment.row for fragment in fragments.lease(2, 0).fragments] == [fast]
 
 
 def test_what_is_not_held_cannot_be_given_away():
@@ -151,6 +151,31 @@ def test_a_table_that_could_not_work_is_refused(options, message):
         table(**options)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_version_lag": 1, "when_late": "wait", "fragments_per_update": 2}])
+def test_a_cut_is_taken_over_with_what_was_being_read_and_without_what_was_being_written(options):
+    fragments = state(num_fragments=4, **options)
+    gone = write(fragments, version=1)
+    fragments.lease(1, 1)
+    fragments.finish(rows(gone))
+    write(fragments, version=2)
+    write(fragments, version=3)
+    fragments.lease(1, 3)
+    fragments.reserve(1)
+    cut = fragments.freeze()
+    other = state(num_fragments=5, **options)
+    other.restore_cut(2, None, cut.values)
+    assert (other.num_free, other.num_writing, len(other), other.num_reading) == (3, 0, 2, 0)
+    assert (other.num_commits, other.num_handed_out) == (3, 2)
+    assert other.generations.tolist() == [1, 1, 0, 0, 0]
+    later = write(other, version=3)
+    assert [(f.row, f.version) for f in other.lease(9, 3).fragments] == [(0, 2), (1, 3), (later, 3)]
+    small = state(num_fragments=2)
+    for wrong in ((1, cut.values), (2, cut.values | {"fragments": [(2, 2), (1, 3)]})):
+        with pytest.raises(InvalidInput, match="fragments have the numbers"):
+            small.restore_cut(wrong[0], None, wrong[1])
+    assert (small.num_free, len(small)) == (2, 0)
+
+
 class Machine(RuleBasedStateMachine):
     """Against four plain lists."""
 
@@ -159,6 +184,26 @@ class Machine(RuleBasedStateMachine):
         self.state = state(num_fragments=5, max_version_lag=2)
         self.free, self.writing, self.finished, self.reading = list(range(5)), [], [], []
         self.version = self.number = 0
+        self.uncopied, self.held = [], []
+
+    def freed(self, row):
+        (self.held if row in self.uncopied else self.free).append(row)
+
+    @precondition(lambda self: not self.uncopied)
+    @rule()
+    def freeze(self):
+        fragments = sorted([*self.finished, *self.reading])
+        cut = self.state.freeze()
+        self.uncopied = cut.rows[0].tolist()
+        assert self.uncopied == [row for _, row, _ in fragments]
+        assert cut.values["fragments"] == [(number, version) for number, _, version in fragments]
+
+    @rule(num_fragments=st.integers(0, 6))
+    def copy(self, num_fragments):
+        self.state.copied(num_fragments)
+        del self.uncopied[:num_fragments]
+        self.free += [row for row in self.held if row not in self.uncopied]
+        self.held = [row for row in self.held if row in self.uncopied]
 
     @precondition(lambda self: self.free)
     @rule()
@@ -192,10 +237,10 @@ class Machine(RuleBasedStateMachine):
         while self.finished and len(expected) < most:
             number, row, version = self.finished.pop(0)
             if self.version - version > 2:
-                self.free.append(row)
+                self.freed(row)
             else:
                 expected.append((number, row, version))
-        assert [(f.number, f.row, f.version) for f in self.state.lease(most, self.version)] == expected
+        assert [(f.number, f.row, f.version) for f in self.state.lease(most, self.version).fragments] == expected
         self.reading += expected
 
     @precondition(lambda self: self.reading)
@@ -207,13 +252,15 @@ class Machine(RuleBasedStateMachine):
             self.finished = sorted([fragment, *self.finished])
         else:
             self.state.finish(rows(fragment[1]))
-            self.free.append(fragment[1])
+            self.freed(fragment[1])
 
     @invariant()
     def every_fragment_is_in_one_place(self):
-        numbers = (self.state.num_free, self.state.num_writing, len(self.state), self.state.num_reading)
-        assert numbers == (len(self.free), len(self.writing), len(self.finished), len(self.reading))
+        state = self.state
+        numbers = (state.num_free, state.num_held, state.num_writing, len(state), state.num_reading)
+        assert numbers == tuple(map(len, (self.free, self.held, self.writing, self.finished, self.reading)))
         assert sum(numbers) == 5
+        assert state.num_reservable == state.num_free
 
 
 TestMachine = Machine.TestCase

@@ -144,6 +144,7 @@ def test_fragments_made_with_old_parameters_are_dropped_and_counted(client):
 
 
 def test_synchronous_writers_begin_only_after_the_release(client):
+    client.parameters()  # without the newest, whatever they write would be too late
     with (
         client.rollout_writer("wait", autoreset=None) as one,
         client.rollout_writer("wait", autoreset=None, number=1) as other,

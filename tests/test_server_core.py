@@ -14,15 +14,15 @@ from core_driver import (
     floats,
     make_core,
     reason,
+    rollout_table,
     snapshot,
     token,
 )
 
 from rl_buffer import frames, messages
 from rl_buffer.errors import InvalidInput
-from rl_buffer.frames import Commit
+from rl_buffer.frames import Batch, Commit
 from rl_buffer.messages import Envelope
-from rl_buffer.parameter_slots import BOARD_LENGTH, ParameterSlots
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
 from rl_buffer.server_core import MAX_CHANNELS_PER_SESSION, MAX_CREDITS, MAX_REASON_LENGTH, MAX_SESSIONS
@@ -35,6 +35,19 @@ def test_a_writer_is_granted_rows_when_it_opens_and_as_many_as_it_wants_when_it_
     assert (receiver, grant.acknowledged, len(grant.rows)) == (client.id(1), 0, 4)
     ((receiver, grant),) = client.commit(num_rows=2, num_wanted=1)
     assert (receiver, grant.acknowledged, len(grant.rows)) == (client.id(1), 1, 1)
+
+
+def test_every_grant_of_a_writer_has_the_next_number_whether_it_brings_rows_or_not():
+    core = make_core(replay={"headroom": 8})
+    writer, other = Client(core, 0), Client(core, 1)
+    events = writer.open_writer(num_wanted=6) + other.open_writer(num_wanted=2)
+    late = Client(core, 2)
+    assert late.open_writer(num_wanted=2, max_commit_rows=1) == []
+    for _ in range(3):
+        events += writer.commit(num_rows=2)
+    events += other.ask(messages.CloseChannel(1))[1]
+    numbers = [(grant.number, len(grant.rows)) for receiver, grant in events if receiver == writer.id(1)]
+    assert numbers == [(1, 6), (2, 0), (3, 0), (4, 2), (5, 4)]
 
 
 def test_rows_are_committed_in_the_order_in_which_they_were_granted():
@@ -159,8 +172,8 @@ def test_messages_on_a_channel_of_another_kind_are_refused():
         (messages.GetSize("nowhere"), "no table"),
         (messages.Clear("nowhere"), "no table"),
         (messages.CloseChannel(-1), "channel must be in"),
-        (messages.ReserveParameters("policy"), "no parameters are called 'policy'"),
-        (messages.PublishParameters("policy", 0), "no parameters are called 'policy'"),
+        (messages.ReserveParameters("critic"), "no parameters are called 'critic'"),
+        (messages.PublishParameters("critic", 0), "no parameters are called 'critic'"),
     ],
     ids=str,
 )
@@ -302,12 +315,12 @@ def test_writers_wait_for_rows_and_are_served_first_come_first_served():
     assert len(b.open_writer(num_wanted=4)) == 1  # headroom 8 is out
     assert c.open_writer(num_wanted=3) == []
     assert core.info(0.0)["tables"]["replay"]["waits"] == ["client-2: waits for rows, 8 of 8 are reserved by writers"]
-    ((receiver, grant),) = a.commit(num_rows=2)
-    assert (receiver, len(grant.rows)) == (a.id(1), 0), "only acknowledged: c was first"
+    events = a.commit(num_rows=2)
+    assert [(r, grant.acknowledged, len(grant.rows)) for r, grant in events] == [(a.id(1), 1, 0), (c.id(1), 0, 2)]
     events = b.commit(num_rows=2)
-    assert [(r, grant.acknowledged, len(grant.rows)) for r, grant in events] == [(b.id(1), 1, 0), (c.id(1), 0, 3)]
+    assert [(r, grant.acknowledged, len(grant.rows)) for r, grant in events] == [(b.id(1), 1, 0), (a.id(1), 1, 2)]
     events = c.commit(num_rows=2, num_wanted=0)
-    assert [(r, grant.acknowledged, len(grant.rows)) for r, grant in events] == [(c.id(1), 1, 0), (a.id(1), 1, 2)]
+    assert [(r, grant.acknowledged, len(grant.rows)) for r, grant in events] == [(c.id(1), 1, 1)], "b lacks nothing"
 
 
 def test_a_writer_that_stops_with_rows_does_not_block_the_others():
@@ -384,6 +397,211 @@ def test_the_limit_of_credits_counts_those_that_still_wait():
     assert client.credit(num_credits=1) == []
 
 
+# ---- rollouts ----------------------------------------------------------------------------------------------
+
+
+def leased(events):
+    """(receiver, row -> generation) of each batch of fragments."""
+    return [
+        (receiver, dict(zip(batch.sample.rows.tolist(), batch.sample.generations.tolist(), strict=True)))
+        for receiver, batch in events
+        if isinstance(batch, Batch)
+    ]
+
+
+def reading_core(**options):
+    """Client 0 writes on channel 1 and holds a fragment, client 1 reads on channel 2 and holds two of three others."""
+    core = make_core(rollout=rollout_table(num_fragments=6, **options), replay={})
+    writer, reader = Client(core, 0), Client(core, 1)
+    writer.open_rollout_writer(channel=1)
+    reader.open_reader(channel=2)
+    for _ in range(3):
+        writer.commit()
+    ((_, held),) = leased(reader.credit(channel=2, num_credits=2))
+    return core, writer, reader, held
+
+
+def release(reader, held, num_credits=0, channel=2):
+    """Free these rows, of these generations."""
+    return reader.credit(channel, num_credits, held.keys(), held.values(), [0.0] * len(held))
+
+
+def test_a_fragment_is_written_handed_out_released_and_written_again():
+    core = make_core(rollout=rollout_table(num_fragments=1))
+    client = Client(core)
+    ((_, grant),) = client.open_rollout_writer(channel=1)
+    assert (grant.number, grant.acknowledged, grant.rows.tolist()) == (1, 0, [0])
+    client.open_reader(channel=2)
+    ((_, grant),) = client.commit(channel=1)
+    assert (grant.number, grant.acknowledged, grant.rows.tolist()) == (2, 1, [])
+    assert leased(client.credit(channel=2, num_credits=1)) == [(client.id(2), {0: 1})]
+    ((receiver, grant),) = release(client, {0: 1})
+    assert (receiver, grant.number, grant.acknowledged, grant.rows.tolist()) == (client.id(1), 3, 1, [0])
+
+
+_HELD = {0: 1, 1: 1}  # by the reader of `reading_core`: row -> generation
+REFUSED_RELEASES = {
+    "finished, and nobody's": ([2], [1], r"fragments \[2\] are not all held by this reader, which has {0, 1}"),
+    "being written": ([3], [0], "not all held"),
+    "free": ([5], [0], "not all held"),
+    "above": ([6], [1], "not all held"),
+    "negative": ([-1], [0], "not all held"),
+    "the largest": ([2**63 - 1], [2**63 - 1], "not all held"),
+    "one good and one not": ([0, 2], [1, 1], "not all held"),
+    "of an earlier generation": ([0], [-1], r"fragments \[0\] are no longer of generations \[-1\]"),
+    "of a later generation": ([0, 1], [1, 3], "no longer of generations"),
+    "named twice": ([0, 0], [1, 1], r"\[0, 0\] are named twice"),
+    "very many": ([0] * 100_000, [1] * 100_000, r"fragments \[0, 0, 0"),
+}
+
+
+@pytest.mark.parametrize(("rows", "generations", "message"), REFUSED_RELEASES.values(), ids=REFUSED_RELEASES)
+def test_a_forged_release_is_refused_and_changes_nothing(rows, generations, message):
+    core, _, reader, held = reading_core()
+    assert held == _HELD
+    before = snapshot(core)
+    with pytest.raises(InvalidInput, match=message):
+        raise InvalidInput(reason(reader.credit(2, 1, rows, generations, [0.0] * len(rows))))
+    assert snapshot(core) == before
+    info = core.info(0.0)
+    assert (info["num_refused"], len(info["last_refusal"]) <= MAX_REASON_LENGTH) == (1, True)
+    release(reader, held)  # the good one still passes
+    assert core.tables["rollout"].state.num_reading == 0
+
+
+def test_a_reader_cannot_release_what_another_holds():
+    core, _, _, held = reading_core()
+    thief = Client(core, 2)
+    thief.open_reader(channel=2)
+    before = snapshot(core)
+    assert "not all held by this reader, which has set()" in reason(release(thief, held))
+    assert snapshot(core) == before
+
+
+def test_a_release_that_comes_late_does_not_free_what_was_handed_out_since():
+    core = make_core(rollout=rollout_table(num_fragments=1))
+    client = Client(core)
+    client.open_rollout_writer(channel=1)
+    client.open_reader(channel=2)
+    client.credit(channel=2, num_credits=1)
+    assert leased(client.commit(channel=1)) == [(client.id(2), {0: 1})]
+    release(client, {0: 1}, num_credits=1)
+    assert leased(client.commit(channel=1)) == [(client.id(2), {0: 3})]
+    before = snapshot(core)
+    assert reason(release(client, {0: 1})) == "fragments [0] are no longer of generations [1]"
+    assert snapshot(core) == before
+    release(client, {0: 3})
+    assert core.tables["rollout"].state.num_reading == 0
+
+
+REFUSED_ON_ROLLOUTS = {
+    "more credits than fragments": (2, {"num_credits": 7}, r"0 \+ 7 credits exceed 6 fragments"),
+    "credits of another epoch": (2, {"epoch": 0}, "connect again"),
+    "two fragments": (1, {"num_rows": 2}, "commit of 2 rows, but the writer holds 1"),
+    "TD errors": (1, {"td_errors": floats(1.0)}, "table 'rollout' holds rollouts"),
+    "a commit twice": (1, {"sequence": 3}, "commit 3 is not the next; expected 4"),
+}
+
+
+@pytest.mark.parametrize(("channel", "changes", "message"), REFUSED_ON_ROLLOUTS.values(), ids=REFUSED_ON_ROLLOUTS)
+def test_a_bad_message_on_rollouts_is_refused_and_changes_nothing(channel, changes, message):
+    core, writer, reader, _ = reading_core()
+    before = snapshot(core)
+    with pytest.raises(InvalidInput, match=message):
+        raise InvalidInput(reason((writer.commit if channel == 1 else reader.credit)(channel, **changes)))
+    assert snapshot(core) == before
+
+
+def test_commits_by_readers_and_credits_of_rollout_writers_are_refused():
+    core, writer, reader, _ = reading_core()
+    reader.sequences[2] = 0
+    before = snapshot(core)
+    assert "not an open writer" in reason(reader.commit(channel=2))
+    assert "not a sampler" in reason(writer.credit(channel=1))
+    assert snapshot(core) == before
+
+
+def test_a_writer_cannot_commit_before_it_has_a_fragment():
+    core = make_core(rollout=rollout_table(num_fragments=1))
+    first, second = Client(core, 0), Client(core, 1)
+    first.open_rollout_writer()
+    assert second.open_rollout_writer() == []
+    assert reason(second.commit()) == "commit of 1 rows, but the writer holds 0"
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (messages.OpenSampler(9, "rollout", 1), "table 'rollout' holds rollouts"),
+        (messages.OpenWriter(9, "rollout", 2, 2), "rollouts, which are written one by one"),
+        (messages.OpenWriter(9, "rollout", 1, 0), "rollouts, which are written one by one"),
+        (messages.OpenReader(9, "replay"), "table 'replay' holds transitions"),
+        (messages.OpenReader(9, "nowhere"), "no table is called 'nowhere'"),
+        (messages.OpenReader(2**32, "rollout"), "channel must be in"),
+        (messages.OpenReader(2, "rollout"), "channel 2 is open already"),
+    ],
+    ids=str,
+)
+def test_a_bad_request_for_rollouts_is_refused_and_changes_nothing(request_, message):
+    core, _, reader, _ = reading_core()
+    before = snapshot(core)
+    reply, events = reader.ask(request_)
+    assert message in reply.reason
+    assert (events, snapshot(core)) == ([], before)
+
+
+def test_readers_with_credits_take_turns_however_many_others_have_none():
+    core = make_core(rollout=rollout_table(num_fragments=12))
+    actor, idle, *learners = (Client(core, number) for number in range(5))
+    actor.open_rollout_writer()
+    idle.open_reader(channel=2)
+    for learner in learners:
+        learner.open_reader(channel=2)
+        learner.credit(channel=2, num_credits=3)
+    served = [receiver for _ in range(9) for receiver, _ in leased(actor.commit())]
+    assert served == [learner.id(2) for learner in learners] * 3
+
+
+def test_what_a_learner_published_before_it_died_counts_for_the_fragments_that_it_gives_back():
+    core, _, reader, held = reading_core(max_version_lag=0, when_late="wait", fragments_per_update=6)
+    assert reader.publish() == 1
+    core.exited(token(1))
+    heir = Client(core, 2)
+    heir.open_reader(channel=2)
+    assert leased(heir.credit(channel=2, num_credits=6)) == []
+    state = core.tables["rollout"].state
+    assert (state.num_dropped, len(state), state.num_reading) == (len(held) + 1, 0, 0)
+
+
+def test_a_dead_readers_fragments_go_to_the_next_before_all_others():
+    core, writer, _, held = reading_core()
+    heir = Client(core, 2)
+    heir.open_reader(channel=2)
+    assert leased(heir.credit(channel=2, num_credits=1)) == [(heir.id(2), {2: 1})]
+    heir.credit(channel=2, num_credits=3)
+    assert leased(decoded(core.exited(token(1)))) == [(heir.id(2), held)]
+    assert leased(writer.commit()) == [(heir.id(2), {3: 1})]
+
+
+def test_a_dead_writers_fragment_goes_to_whoever_waits():
+    core = make_core(rollout=rollout_table(num_fragments=1))
+    dead, waiting = Client(core, 0), Client(core, 1)
+    dead.open_rollout_writer()
+    assert waiting.open_rollout_writer() == []
+    core.disconnected(token(0))
+    assert core.tables["rollout"].state.num_writing == 1, "quarantined: it may still be writing"
+    ((receiver, grant),) = decoded(core.exited(token(0)))
+    assert (receiver, grant.rows.tolist()) == (waiting.id(1), [0])
+
+
+def test_a_client_has_a_lease_while_it_reads_rollouts():
+    core, _, reader, held = reading_core()
+    release(reader, held)
+    assert core.has_leases(token(1)), "it may be given fragments at any time"
+    reader.ask(messages.CloseChannel(2))
+    assert not core.has_leases(token(1))
+
+
 # ---- ends --------------------------------------------------------------------------------------------------
 
 
@@ -393,7 +611,7 @@ def test_an_exited_client_frees_its_rows_and_publishes_nothing():
     dead.open_writer(max_commit_rows=4, num_wanted=8)
     dead.commit(num_rows=4, num_wanted=0)
     dead.commit(num_rows=3, num_wanted=0)  # held back by the limiter
-    assert alive.open_writer(num_wanted=6) == []  # waits for rows: 4 of 8 are left
+    assert alive.open_writer(max_commit_rows=6, num_wanted=6) == []  # waits for rows: 4 of 8 are left
     core.disconnected(token(0))
     assert core.tables["replay"].state.allocator.num_reserved == 4, "quarantined: it may still be writing"
     ((receiver, frame),) = core.exited(token(0))
@@ -451,7 +669,7 @@ def test_a_closing_writer_does_not_keep_others_waiting_for_rows():
     closing.open_writer(max_commit_rows=4, num_wanted=8)
     closing.commit(num_rows=4, num_wanted=0)
     closing.commit(num_rows=2, num_wanted=0)
-    assert other.open_writer(num_wanted=6) == []
+    assert other.open_writer(max_commit_rows=6, num_wanted=6) == []
     _, events = closing.ask(messages.CloseChannel(1))
     assert [(receiver, len(grant.rows)) for receiver, grant in events] == [(other.id(1), 6)]
 
@@ -466,7 +684,6 @@ def test_closing_something_that_is_not_open_changes_nothing():
 
 def test_a_client_has_a_lease_while_it_has_a_writer_or_a_parameter_slot():
     core = make_core(replay=RATIO)
-    core.parameters["policy"] = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
     client, other = Client(core, 0), Client(core, 1)
     client.open_sampler(channel=2, batch_size=1)
     assert not core.has_leases(token(0))
@@ -510,7 +727,6 @@ def test_tables_do_not_see_each_other():
 
 def test_one_client_publishes_parameters_at_a_time_and_its_death_lets_the_next():
     core = make_core()
-    core.parameters["policy"] = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
     first, second = Client(core, 0), Client(core, 1)
     reserve = messages.ReserveParameters("policy")
     slot, _ = first.ask(reserve)

@@ -4,7 +4,6 @@ import numpy as np
 from core_driver import (
     EPOCH,
     Client,
-    channel_id,
     check_tables,
     decoded,
     floats,
@@ -16,7 +15,7 @@ from core_driver import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from rl_buffer import messages
 from rl_buffer.frames import Commit, Credit, Grant
@@ -46,10 +45,13 @@ class Model:
         self.ratio, self.min_size, self.min_diff, self.max_diff = ratio, min_size, min_diff, max_diff
         self.committed, self.generations = [], [0] * config.num_rows
         self.inserts = self.samples = self.stale = 0
-        self.writers = {}  # id -> dict(held=[rows], wanted, sequence, closing, limit)
+        self.writers = {}  # id -> dict(held=[rows], wanted, sequence, num_grants, closing, limit)
         self.samplers = []  # [id, batch_size, credits], longest without a batch first
         self.pending = []  # [id, sequence, rows left, wanted]
         self.wanting = []
+
+    def open_writers(self):
+        return [writer_id for writer_id, writer in self.writers.items() if not writer["closing"]]
 
     @property
     def num_reservable(self):
@@ -70,13 +72,27 @@ class Model:
         after = (self.inserts + 1) * self.ratio - self.samples
         return len(self.committed) < self.min_size or after <= self.max_diff
 
+    def next_grant(self):
+        """(id, number of rows) of whose turn it is, or None: see `ServedTable.next_grant`."""
+        lacking = {w: self.writers[w]["limit"] - len(self.writers[w]["held"]) for w in self.wanting}
+        first = [w for w in self.wanting if lacking[w] > 0]
+        parts = [w for w in first if self.writers[w]["held"]]
+        if len(self.wanting) == 1 and self.writers[self.wanting[0]]["wanted"] <= self.num_reservable:
+            return self.wanting[0], self.writers[self.wanting[0]]["wanted"]
+        amounts = [(w, min(lacking[w], self.writers[w]["wanted"])) for w in first[:1] + parts]
+        if not first:
+            amounts = [(w, self.writers[w]["wanted"]) for w in self.wanting[:1]]
+        return next(((w, number) for w, number in amounts if number <= self.num_reservable), None)
+
     def take(self):
-        """Rows for the first in the queue: (id, number of rows), or None."""
-        if not self.wanting or self.writers[self.wanting[0]]["wanted"] > self.num_reservable:
-            return None
-        writer_id = self.wanting.pop(0)
-        number, self.writers[writer_id]["wanted"] = self.writers[writer_id]["wanted"], 0
-        return writer_id, number
+        """Rows for whose turn it is: (id, number of rows), or None."""
+        if (grant := self.next_grant()) is not None:
+            writer_id, number = grant
+            self.wanting.remove(writer_id)
+            self.writers[writer_id]["wanted"] -= number
+            if self.writers[writer_id]["wanted"]:
+                self.wanting.append(writer_id)
+        return grant
 
     def want(self, writer_id, number):
         if number and not self.writers[writer_id]["wanted"]:
@@ -89,7 +105,8 @@ class Model:
 
         def expect_grant(writer_id, acknowledged_sequence, number):
             receiver, grant = outgoing.pop(0)
-            assert (receiver, grant.epoch) == (writer_id, EPOCH)
+            self.writers[writer_id]["num_grants"] += 1
+            assert (receiver, grant.epoch, grant.number) == (writer_id, EPOCH, self.writers[writer_id]["num_grants"])
             assert (grant.acknowledged, len(grant.rows)) == (acknowledged_sequence, number)
             taken = set(self.committed).union(*(writer["held"] for writer in self.writers.values()))
             taken = taken.union(*(rows for _, _, rows, _ in self.pending))
@@ -107,11 +124,12 @@ class Model:
                 writer = self.writers[writer_id]
                 writer["acknowledged"] = sequence
                 if writer["closing"]:
-                    if not any(entry[2] for entry in self.pending if entry[0] == writer_id):
+                    if writer_id not in (entry[0] for entry in self.pending):
                         self.drop(writer_id)
                     continue
                 self.want(writer_id, wanted)
-                taken = self.take() if writer["wanted"] and self.wanting[0] == writer_id else None
+                grant = self.next_grant()
+                taken = self.take() if grant and grant[0] == writer_id else None
                 expect_grant(writer_id, sequence, taken[1] if taken else 0)
             ready = next((sampler for sampler in self.samplers if sampler[2]), None)
             if ready is None or len(self.committed) < self.min_size:
@@ -140,18 +158,35 @@ class Model:
         self.writers.pop(channel, None)
 
 
+BAD_COMMITS = [
+    {"sequence": 0},
+    {"sequence": 2**64 - 1},
+    {"epoch": EPOCH ^ 1},
+    {"num_rows": 99},
+    {"num_wanted": 99},
+    {"num_rows": 1, "td_errors": floats(np.inf)},
+]
+BAD_CREDITS = [
+    Credit(EPOCH ^ 1, 1, 0, ints(), ints(), floats()),
+    Credit(EPOCH, MAX_CREDITS + 1, 0, ints(), ints(), floats()),
+    Credit(EPOCH, 1, 0, ints(0), ints(1), floats(np.nan)),
+    Credit(EPOCH, 1, 0, ints(0, 99), ints(1, 1), floats(0.0, 0.0)),
+]
+picks = st.integers(0, 11)
+
+
+def picked(population, pick):
+    return list(population)[pick % len(population)]
+
+
 class ServerMachine(RuleBasedStateMachine):
-    """Several clients, writers and samplers in any order, with good and bad messages."""
+    """Several clients, writers and samplers in any order, with good and bad messages. `pick` chooses among the live."""
 
     limiter = MinSize(3)
     bounds = (1.0, 3, -np.inf, np.inf)  # ratio, minimum size, min_diff, max_diff
     sampler = Prioritized(alpha=1.0)
 
-    sessions = Bundle("sessions")
-    writers = Bundle("writers")
-    samplers = Bundle("samplers")
-
-    @initialize(target=sessions)
+    @initialize()
     def start(self):
         self.core = make_core(
             replay={"capacity": 10, "headroom": 12, "sampler": self.sampler, "rate_limiter": self.limiter}
@@ -159,191 +194,163 @@ class ServerMachine(RuleBasedStateMachine):
         self.state = self.core.tables["replay"].state
         self.state.limiter = CheckedLimiter(self.limiter)
         self.model = Model(self.state.config, *self.bounds)
-        self.num_channels = 0
         self.contents = [None] * self.state.config.num_rows  # what writers wrote, by row
         self.written = {}  # what each committed row must still hold
-        self.num_written = 0
-        self.past = []
-        self.clients = {0: Client(self.core, 0), 1: Client(self.core, 1)}
-        return multiple(0, 1)
+        self.past = []  # samples
+        self.clients = {}
+        self.num_clients = self.num_channels = self.num_written = 0
+        for number in range(3):
+            self.attach()
+            self.open_sampler(number, 2) if number == 2 else self.open_writer(number, 2, 2)
 
-    @rule(target=sessions)
+    def send(self, channel, message):
+        return decoded(self.core.handle(channel, message.encode(), 0.0))
+
+    def refused(self, *messages):
+        before, num_refused = snapshot(self.core), self.core.num_refused
+        for channel, message in messages:
+            reason(self.send(channel, message))
+        assert snapshot(self.core) == before
+        assert self.core.num_refused == num_refused + len(messages)
+
+    @precondition(lambda self: len(self.clients) < 5)
+    @rule()
     def attach(self):
-        number = max(self.clients, default=0) + 1
-        if number > 6:
-            return multiple()
-        self.clients[number] = Client(self.core, number)
-        return number
+        self.clients[self.num_clients] = Client(self.core, self.num_clients)
+        self.num_clients += 1
 
-    @rule(target=writers, session=sessions, limit=st.integers(1, 4), more=st.integers(0, 6))
-    def open_writer(self, session, limit, more):
-        if session not in self.clients:
-            return multiple()
+    @rule(pick=picks, limit=st.integers(1, 4), more=st.integers(0, 4))
+    def open_writer(self, pick, limit, more):
+        client = self.clients[picked(self.clients, pick)]
         self.num_channels += 1
-        writer_id = channel_id(session, self.num_channels)
-        reply, events = self.clients[session].ask(messages.OpenWriter(self.num_channels, "replay", limit, limit + more))
+        writer = client.id(self.num_channels)
+        reply, events = client.ask(messages.OpenWriter(self.num_channels, "replay", limit, limit + more))
         assert reply == messages.Opened()
-        self.model.writers[writer_id] = {
+        self.model.writers[writer] = {
             "held": [],
             "wanted": 0,
             "sequence": 0,
             "acknowledged": 0,
+            "num_grants": 0,
             "closing": False,
             "limit": limit,
             "most": limit + more,
         }
-        self.model.want(writer_id, limit + more)
+        self.model.want(writer, limit + more)
         self.model.advance(events)
-        return session, self.num_channels
 
-    @rule(target=samplers, session=sessions, batch_size=st.integers(1, 6))
-    def open_sampler(self, session, batch_size):
-        if session not in self.clients:
-            return multiple()
+    @rule(pick=picks, batch_size=st.integers(1, 6))
+    def open_sampler(self, pick, batch_size):
+        client = self.clients[picked(self.clients, pick)]
         self.num_channels += 1
-        self.clients[session].open_sampler(self.num_channels, batch_size=batch_size)
-        self.model.samplers.append([channel_id(session, self.num_channels), batch_size, 0])
-        return session, self.num_channels
+        client.open_sampler(self.num_channels, batch_size=batch_size)
+        self.model.samplers.append([client.id(self.num_channels), batch_size, 0])
 
-    @rule(writer=writers, data=st.data(), td_error=st.sampled_from([None, np.nan, 0.0, -3.0]))
-    def commit(self, writer, data, td_error):
-        state = self.model.writers.get(channel_id(*writer))
-        if state is None or state["closing"]:
-            return
-        num_rows = data.draw(st.integers(0, min(state["limit"], len(state["held"]))))
-        num_wanted = data.draw(st.integers(0, num_rows))
-        rows = state["held"][:num_rows]
+    @precondition(lambda self: self.model.open_writers())
+    @rule(
+        pick=picks,
+        num_rows=st.integers(0, 4),
+        num_wanted=st.sampled_from([4, 4, 1, 0]),
+        td_error=st.sampled_from([None, np.nan, 0.0, -3.0]),
+    )
+    def commit(self, pick, num_rows, num_wanted, td_error):
+        writer = picked(self.model.open_writers(), pick)
+        state = self.model.writers[writer]
+        num_rows = min(num_rows, state["limit"], len(state["held"]))
+        num_wanted = min(num_wanted, num_rows)
+        rows, state["held"] = state["held"][:num_rows], state["held"][num_rows:]
         for row in rows:
             self.num_written += 1
             self.contents[row] = self.written[row] = self.num_written
         state["sequence"] += 1
         td_errors = None if td_error is None else np.full(num_rows, td_error)
         commit = Commit(EPOCH, num_rows, state["sequence"], 0, num_wanted, td_errors, [])
-        out = self.core.handle(channel_id(*writer), commit.encode(), 0.0)
-        state["held"] = state["held"][num_rows:]
-        self.model.pending.append([channel_id(*writer), state["sequence"], rows, num_wanted])
-        self.model.advance(decoded(out))
+        self.model.pending.append([writer, state["sequence"], rows, num_wanted])
+        self.model.advance(self.send(writer, commit))
+        self.refused((writer, commit))
 
-    @rule(writer=writers)
-    def scribble(self, writer):
-        """A writer may write into the rows that it holds, as often as it likes."""
-        state = self.model.writers.get(channel_id(*writer))
-        for row in state["held"] if state else ():
-            self.contents[row] = "scribble"
-
-    @rule(sampler=samplers, num_credits=st.integers(0, 3), data=st.data())
-    def credit(self, sampler, num_credits, data):
-        known = next((entry for entry in self.model.samplers if entry[0] == channel_id(*sampler)), None)
-        if known is None:
-            return
+    @precondition(lambda self: self.model.samplers)
+    @rule(pick=picks, num_credits=st.integers(0, 3), updates=st.booleans())
+    def credit(self, pick, num_credits, updates):
+        known = picked(self.model.samplers, pick)
         rows, generations, errors = [], [], []
-        if self.past and data.draw(st.booleans()):
-            sample = data.draw(st.sampled_from(self.past))
+        if self.past and updates:
+            sample = picked(self.past, pick)
             rows, generations = sample.rows.tolist(), sample.generations.tolist()
             errors = [float(index % 3) for index in range(len(rows))]
         credit = Credit(EPOCH, num_credits, 0, ints(*rows), ints(*generations), floats(*errors))
         if known[2] + num_credits > MAX_CREDITS:
             return
         self.model.stale += sum(self.model.generations[r] != g for r, g in zip(rows, generations, strict=True))
-        out = self.core.handle(channel_id(*sampler), credit.encode(), 0.0)
+        out = self.send(known[0], credit)
         known[2] += num_credits
-        self.model.advance(decoded(out))
+        self.model.advance(out)
         if hasattr(self.model, "last_sample"):
             self.past = [*self.past[-3:], self.model.last_sample]
 
-    @rule(sampler=samplers, row=st.integers(0, 21), lift=st.integers(0, 2))
-    def forge_update(self, sampler, row, lift):
+    @rule()
+    def everybody_goes_on(self):
+        """A round of what an undisturbed run is."""
+        for pick in range(len(self.model.open_writers())):
+            self.commit(pick, num_rows=2, num_wanted=4, td_error=None)
+        for _ in self.model.samplers:
+            self.credit(0, num_credits=1, updates=False)
+
+    @precondition(lambda self: self.model.samplers)
+    @rule(pick=picks, row=st.integers(0, 21), lift=st.integers(0, 2))
+    def forge_update(self, pick, row, lift):
         """A generation that was never in a sample: of a free or reserved row, or to come."""
-        known = any(entry[0] == channel_id(*sampler) for entry in self.model.samplers)
         generation = self.model.generations[row] + lift
-        if not known or (lift == 0 and generation % 2):
+        if lift == 0 and generation % 2:
             return
         credit = Credit(EPOCH, 0, 0, ints(row), ints(generation), floats(1.0))
-        assert decoded(self.core.handle(channel_id(*sampler), credit.encode(), 0.0)) == []
+        assert self.send(picked(self.model.samplers, pick)[0], credit) == []
         self.model.stale += 1
 
-    @rule(
-        writer=writers,
-        changes=st.sampled_from(
-            [
-                {"sequence": 0},
-                {"sequence": -1},
-                {"sequence": 2},
-                {"epoch": EPOCH ^ 1},
-                {"num_rows": 99},
-                {"num_wanted": 99},
-                {"td_errors": "inf"},
-            ]
-        ),
-    )
-    def bad_commit(self, writer, changes):
-        state = self.model.writers.get(channel_id(*writer))
-        sequence = 1 + (state["sequence"] if state else 0)
-        changes = dict(changes)
-        if "sequence" in changes:
-            changes["sequence"] = max(0, sequence + changes["sequence"] - (changes["sequence"] == 0))
-        if "td_errors" in changes:
-            if not state or not state["held"]:
-                return
-            changes |= {"td_errors": floats(np.inf), "num_rows": 1}
-        self.refused(writer, Commit(EPOCH, 0, sequence, 0, 0, None, [])._replace(**changes).encode())
+    @precondition(lambda self: self.model.open_writers() and self.model.samplers)
+    @rule(pick=picks, changes=st.sampled_from(BAD_COMMITS), credit=st.sampled_from(BAD_CREDITS))
+    def bad_messages(self, pick, changes, credit):
+        writer, sampler = picked(self.model.open_writers(), pick), picked(self.model.samplers, pick)[0]
+        state = self.model.writers[writer]
+        commit = Commit(EPOCH, 0, state["sequence"] + 1, 0, 0, None, [])
+        too_many = {"num_rows": len(state["held"]) + 1}
+        self.refused(
+            *((writer, commit._replace(**bad)) for bad in (changes, too_many)),
+            *((sampler, message) for message in (credit, commit)),
+            (writer, credit._replace(epoch=EPOCH)),
+        )
 
-    @rule(
-        sampler=samplers,
-        credit=st.sampled_from(
-            [
-                Credit(EPOCH ^ 1, 1, 0, ints(), ints(), floats()),
-                Credit(EPOCH, MAX_CREDITS + 1, 0, ints(), ints(), floats()),
-                Credit(EPOCH, 1, 0, ints(0), ints(1), floats(np.nan)),
-                Credit(EPOCH, 1, 0, ints(0, 99), ints(1, 1), floats(0.0, 0.0)),
-            ]
-        ),
-    )
-    def bad_credit(self, sampler, credit):
-        self.refused(sampler, credit.encode())
-
-    def refused(self, channel, frame):
-        before, num_refused = snapshot(self.core), self.core.num_refused
-        reason(decoded(self.core.handle(channel_id(*channel), frame, 0.0)))
-        assert snapshot(self.core) == before
-        assert self.core.num_refused == num_refused + 1
-
-    @rule(channel=st.one_of(writers, samplers))
-    def close(self, channel):
-        session, number = channel
-        if session not in self.clients:
-            return
-        _, events = self.clients[session].ask(messages.CloseChannel(number))
-        writer = self.model.writers.get(channel_id(*channel))
-        if writer and any(entry[2] for entry in self.model.pending if entry[0] == channel_id(*channel)):
+    @precondition(lambda self: self.model.writers or self.model.samplers)
+    @rule(pick=picks)
+    def close(self, pick):
+        channel = picked([*self.model.writers, *(sampler[0] for sampler in self.model.samplers)], pick)
+        client = next(client for client in self.clients.values() if channel[:16] == token(client.number))
+        _, events = client.ask(messages.CloseChannel(int.from_bytes(channel[16:], "little")))
+        writer = self.model.writers.get(channel)
+        if channel in (entry[0] for entry in self.model.pending):
             writer |= {"closing": True, "held": [], "wanted": 0}
-            self.model.wanting = [other for other in self.model.wanting if other != channel_id(*channel)]
+            self.model.wanting = [other for other in self.model.wanting if other != channel]
         else:
-            self.model.drop(channel_id(*channel))
+            self.model.drop(channel)
         self.model.advance(events)
 
-    @rule(session=sessions)
-    def disconnect(self, session):
+    @precondition(lambda self: len(self.clients) > 1)
+    @rule(pick=picks)
+    def exit(self, pick):
+        session = picked(self.clients, pick)
+        del self.clients[session]
         before = snapshot(self.core)[1]
         self.core.disconnected(token(session))
         assert snapshot(self.core)[1] == before
-
-    @precondition(lambda self: len(self.clients) > 1)
-    @rule(session=sessions)
-    def exit(self, session):
-        if self.clients.pop(session, None) is None:
-            return
         out = self.core.exited(token(session))
         mine = [c for c in [*self.model.writers, *(s[0] for s in self.model.samplers)] if c[:16] == token(session)]
         for channel in mine:
             self.model.drop(channel)
         self.model.advance(decoded(out))
 
-    @rule(session=sessions)
-    def clear(self, session):
-        if session not in self.clients:
-            return
-        _, events = self.clients[session].ask(messages.Clear("replay"))
+    @rule(pick=picks)
+    def clear(self, pick):
+        _, events = self.clients[picked(self.clients, pick)].ask(messages.Clear("replay"))
         while self.model.committed:
             self.model.evict()
         self.model.advance(events)
@@ -364,6 +371,15 @@ class ServerMachine(RuleBasedStateMachine):
             assert self.contents[row] == self.written[row], "somebody wrote into a committed row"
         for writer in model.writers.values():
             assert len(writer["held"]) + writer["wanted"] <= writer["most"]
+            for row in writer["held"]:
+                self.contents[row] = "scribble"  # a writer may write at any time
+
+    def teardown(self):
+        """After everybody exited nothing is reserved."""
+        while self.clients:
+            self.exit(0)
+        assert self.state.allocator.num_reserved == 0
+        self.the_server_is_what_the_model_is()
 
 
 class RatioServerMachine(ServerMachine):
@@ -378,7 +394,9 @@ class NarrowServerMachine(ServerMachine):
     bounds = (1.0, 2, -5.0, 2.0)
 
 
-MACHINE_SETTINGS = settings(max_examples=60, stateful_step_count=40, deadline=None, derandomize=True)
+MACHINE_SETTINGS = settings(
+    max_examples=100, stateful_step_count=40, deadline=None, derandomize=True, report_multiple_bugs=False
+)
 for _machine in (ServerMachine, RatioServerMachine, NarrowServerMachine):
     _machine.TestCase.settings = MACHINE_SETTINGS
 TestServer = ServerMachine.TestCase

@@ -1,5 +1,6 @@
 """Episode statistics: hand-computed values, refusals that change nothing, and merges against one tracker."""
 
+import json
 import math
 
 import msgspec
@@ -418,6 +419,48 @@ def test_a_merge_leaves_its_trackers_and_their_running_episodes_alone():
 def test_trackers_that_differ_are_not_merged(other):
     with pytest.raises(InvalidInput, match="one window, category and keys"):
         StatsTracker.merge([StatsTracker(), StatsTracker(**other)])
+
+
+@pytest.mark.parametrize("num_episodes", [0, 2, 5])
+def test_a_tracker_goes_on_from_the_state_of_another(num_episodes):
+    keys = {"extra_metrics_keys": ["speed"], "done_reason_keys": ["fell"]}
+    trackers = [StatsTracker(window=3, **keys) for _ in range(2)]
+    episodes = [episode(0.1 * i, i + 1, metrics={"speed": i / 3}, done_reasons={"fell"}) for i in range(num_episodes)]
+    trackers[0].record(episodes)
+    trackers[1].restore(json.loads(json.dumps(trackers[0].state())))
+    for tracker in trackers:
+        tracker.record([episode(1 / 7)])
+    assert state_of(trackers[0]) == state_of(trackers[1])
+    assert trackers[0]._lifetime == trackers[1]._lifetime
+
+
+def test_a_smaller_window_takes_the_newest_episodes_over():
+    tracker, smaller = StatsTracker(window=5), StatsTracker(window=2)
+    tracker.record([episode(i) for i in range(7)])
+    smaller.restore(tracker.state())
+    assert smaller.get_raw_values()["rewards"] == [5.0, 6.0]
+    assert smaller.get_statistics()["train/num_episodes"] == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"episodes": [[0, 1.0, 1, {"speed": 2.0}, []]]}, "unknown|made with"),
+        ({"episodes": [[0, 1.0, 0, {}, []]]}, "length is 0"),
+        ({"episodes": [[5, 1.0, 1, {}, []]]}, r"episodes \[5\] are not the last of 2"),
+        ({"episodes": [["x"]]}, "this is not the state of a StatsTracker"),
+        ({"lifetime": {"count": -1.5}}, "this is not the state of a StatsTracker"),
+        ({"lifetime": None}, "this is not the state of a StatsTracker"),
+    ],
+)
+def test_a_state_that_contradicts_itself_is_refused_and_changes_nothing(changes, message):
+    tracker, other = StatsTracker(), StatsTracker()
+    tracker.record([episode(1.0), episode(2.0)])
+    other.record([episode(3.0)])
+    before = state_of(other)
+    with pytest.raises(InvalidInput, match=message):
+        other.restore(tracker.state() | changes)
+    assert state_of(other) == before
 
 
 def test_nothing_is_not_merged():

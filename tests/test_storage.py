@@ -12,7 +12,7 @@ import pytest
 
 from rl_buffer import storage
 from rl_buffer.errors import ForkedClient, NotEnoughMemory, RLBufferError
-from rl_buffer.storage import OwnedSegment, ProcessGuard, Segment, available_memory_nbytes, check_memory
+from rl_buffer.storage import FileSegment, OwnedSegment, ProcessGuard, Segment, available_memory_nbytes, check_memory
 
 NBYTES = 3 * mmap.PAGESIZE
 
@@ -253,3 +253,60 @@ def test_a_guard_passes_in_its_own_process(monkeypatch):
         ForkedClient, match=r"not to its forked child 1; call rl_buffer.connect\(address\) in the child"
     ):
         guard.check()
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_into_a_file_is_there_for_the_next_who_opens_it(tmp_path):
+    first = FileSegment(tmp_path / "rows", NBYTES)
+    assert not first.array("uint8").any()
+    first.array("int64")[:] = np.arange(NBYTES // 8)
+    first.close()
+    del first
+    again = FileSegment(tmp_path / "rows", NBYTES)
+    assert (again.array("int64") == np.arange(NBYTES // 8)).all()
+    client = Segment(again.fd, NBYTES, writable=True, sealed=False)
+    client.array("int64")[0] = -1
+    assert again.array("int64")[0] == -1
+    again.close()
+
+
+def test_a_file_is_private_and_has_all_of_its_blocks(tmp_path):
+    segment = FileSegment(tmp_path / "rows", 100 * NBYTES)
+    status = os.stat(tmp_path / "rows")
+    assert (status.st_mode & 0o777, status.st_size) == (0o600, 100 * NBYTES)
+    assert status.st_blocks * 512 >= 100 * NBYTES
+    segment.close()
+
+
+def test_readers_cannot_map_a_readers_only_file_writable(tmp_path):
+    owned = FileSegment(tmp_path / "generations", NBYTES, readers_only=True)
+    with pytest.raises(PermissionError):
+        Segment(owned.fd, NBYTES, writable=True, sealed=False)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(owned.fd, b"x")
+    reader = Segment(owned.fd, NBYTES, writable=False, sealed=False)
+    owned.array("int64")[7] = 42
+    assert reader.array("int64")[7] == 42
+    with pytest.raises(PermissionError):
+        mprotect_writable(reader)
+    owned.close()
+
+
+@pytest.mark.parametrize("nbytes", [NBYTES - 8, 2 * NBYTES])
+def test_a_file_of_another_size_is_refused_and_left_as_it_is(tmp_path, nbytes):
+    FileSegment(tmp_path / "rows", NBYTES).close()
+    before = open_descriptors()
+    with pytest.raises(RLBufferError, match=f"has {NBYTES} bytes, the server promised {nbytes}"):
+        FileSegment(tmp_path / "rows", nbytes)
+    assert os.stat(tmp_path / "rows").st_size == NBYTES
+    assert open_descriptors() == before
+
+
+def test_a_link_is_not_followed(tmp_path):
+    (tmp_path / "elsewhere").write_bytes(b"")
+    (tmp_path / "rows").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        FileSegment(tmp_path / "rows", NBYTES)
+    assert (tmp_path / "elsewhere").stat().st_size == 0

@@ -11,6 +11,17 @@ from dataclasses import dataclass
 OURS = "rl_buffer"
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What seconds or bytes are shown in."""
+
+    name: str
+    per_second_or_byte: float
+
+
+MICROSECONDS, SECONDS, MEGABYTES = Unit("microseconds", 1e6), Unit("seconds", 1.0), Unit("megabytes", 1e-6)
+
+
 @dataclass
 class Options:
     """What every section is given."""
@@ -21,6 +32,10 @@ class Options:
     """How often each candidate is measured."""
     slice_s: float = 0.2
     """Seconds of one measurement, roughly."""
+    num_actors: tuple[int, ...] = (1, 4, 16)
+    """Actors that are started at once."""
+    num_starts: int = 3
+    """How often they are started."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +58,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds per unit of one case, by turn; empty where it could not be measured, and then why not."""
+    """Seconds per call or bytes of one case, by turn; empty where it could not be measured, and then why not."""
 
     section: str
     case: Case
-    seconds: tuple[float, ...] = ()
+    values: tuple[float, ...] = ()
     missing: str = ""
+    unit: Unit = MICROSECONDS
 
 
 def take_turns(section: str, jobs: Mapping[Case, Job | str], options: Options) -> list[Measurement]:

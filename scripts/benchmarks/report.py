@@ -14,16 +14,17 @@ from rich.table import Table
 
 from benchmarks.measure import OURS, Case, Measurement
 
+_SIZE_LABELS = {"in-process": "transitions in the buffer", "gae": "steps x envs", "startup": "actors started at once"}
 _LINEAR = 100  # an axis from 0, on which lengths can be compared, up to this ratio of largest to smallest
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise of this project: the limits of slower / faster."""
+    """A promise of this project: the limits of slower / faster, or of `slower` itself in its unit."""
 
     promise: str
     slower: Case
-    faster: Case
+    faster: Case | None = None
     at_least: float = 0.0
     below: float = float("inf")
 
@@ -34,33 +35,34 @@ class Report:
     def __init__(self, measurements: Sequence[Measurement], bars: Sequence[Bar]) -> None:
         self._measurements = measurements
         self._bars = bars
-        self._seconds = {m.case: np.array(m.seconds) for m in measurements if m.seconds}
+        self._values = {m.case: np.array(m.values) for m in measurements if m.values}
+        self._units = {m.case: m.unit for m in measurements}
         self._candidates = _distinct(m.case.candidate for m in measurements)
 
     def ratio(self, slower: Case, faster: Case) -> dict[str, float] | None:
-        """Of the seconds; None where one of them was not measured."""
-        if slower not in self._seconds or faster not in self._seconds:
+        """Turn by turn; None where one of them was not measured."""
+        if slower not in self._values or faster not in self._values:
             return None
-        return _spread(self._seconds[slower] / self._seconds[faster])
+        return _spread(self._values[slower] / self._values[faster])
 
     def measurements(self) -> list[dict[str, Any]]:
-        """For JSON: microseconds, or why there are none."""
+        """For JSON: the spread under the name of its unit, or why there is none."""
         return [
             {"section": m.section, **asdict(m.case)}
-            | ({"missing": m.missing} if m.missing else {"microseconds": _spread(self._seconds[m.case] * 1e6)})
+            | ({"missing": m.missing} if m.missing else {m.unit.name: self._shown(m.case)})
             for m in self._measurements
         ]
 
     def ratios(self) -> list[dict[str, Any]]:
         """For JSON: every candidate against ours."""
-        pairs = [(case, _ours(case)) for case in self._seconds if case.candidate != OURS]
+        pairs = [(case, _ours(case)) for case in self._values if case.candidate != OURS]
         return [{"slower": asdict(a), "faster": asdict(b), "ratio": self.ratio(a, b)} for a, b in pairs]
 
     def bars(self) -> list[dict[str, Any]]:
         """For JSON: the promises; `met` is None where something was not measured."""
         rows = []
         for bar in self._bars:
-            measured = self.ratio(bar.slower, bar.faster)
+            measured = self._shown(bar.slower) if bar.faster is None else self.ratio(bar.slower, bar.faster)
             required = f">= {bar.at_least:g}" if bar.at_least else f"< {bar.below:g}"
             met = None if measured is None else bar.at_least <= measured["median"] < bar.below
             rows.append({"promise": bar.promise, "required": required, "measured": measured, "met": met})
@@ -77,7 +79,7 @@ class Report:
         matplotlib.use("Agg")
         from matplotlib import pyplot
 
-        operations = _distinct(case.operation for case in self._seconds)
+        operations = _distinct(case.operation for case in self._values)
         num_columns, num_rows = 4, max(1, -(-len(operations) // 4))
         figure, grid = pyplot.subplots(
             num_rows, num_columns, figsize=(18, 0.6 + 3.4 * num_rows), dpi=100, squeeze=False, layout="constrained"
@@ -88,25 +90,25 @@ class Report:
             axes.axis("off")
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
         figure.legend(handles, self._candidates, loc="outside lower center", ncols=len(handles))
-        figure.suptitle("Time of one call, one thread: medians, with whiskers from quartile to quartile")
+        figure.suptitle("Medians, with whiskers from quartile to quartile; calls are timed with one thread")
         figure.savefig(path)
         pyplot.close(figure)
 
     def _section_table(self, section: str) -> Table:
         cases = {m.case: m for m in self._measurements if m.section == section}
         names = _distinct(case.candidate for case in cases)
-        title = f"{section}: microseconds, median (quartiles), and the ratio to {OURS}"
-        table = Table("operation", "size", *names, title=title)
-        for operation, size in _distinct((case.operation, case.size) for case in cases):
+        title = f"{section}: median (quartiles), and the ratio to {OURS}"
+        table = Table("operation", "size", "unit", *names, title=title)
+        for operation, size, unit in _distinct((case.operation, case.size, self._units[case].name) for case in cases):
             rows = (cases.get(Case(operation, size, name)) for name in names)
-            table.add_row(operation, size, *("" if m is None else self._cell(m) for m in rows))
+            table.add_row(operation, size, unit, *("" if m is None else self._cell(m) for m in rows))
         return table
 
     def _cell(self, measurement: Measurement) -> str:
-        case = measurement.case
-        if case not in self._seconds:
+        case, shown = measurement.case, self._shown(measurement.case)
+        if shown is None:
             return measurement.missing
-        spread = {name: _rounded(value) for name, value in _spread(self._seconds[case] * 1e6).items()}
+        spread = {name: _rounded(value) for name, value in shown.items()}
         words = f"{spread['median']} ({spread['q1']}-{spread['q3']})"
         ratio = None if case.candidate == OURS else self.ratio(case, _ours(case))
         return f"{words} [bold]{_rounded(ratio['median'])}x" if ratio else words
@@ -120,25 +122,35 @@ class Report:
         return table
 
     def _draw_operation(self, axes: Any, operation: str) -> None:
-        cases = [case for case in self._seconds if case.operation == operation]
+        cases = [case for case in self._values if case.operation == operation]
         sizes, names = _distinct(case.size for case in cases), _distinct(case.candidate for case in cases)
         width = 0.85 / len(names)
         for i, name in enumerate(names):
             mine = [case for case in cases if case.candidate == name]
-            spreads = [_spread(self._seconds[case] * 1e6) for case in mine]
+            spreads = [_spread(self._values[case] * self._units[case].per_second_or_byte) for case in mine]
             medians = [spread["median"] for spread in spreads]
             whiskers = [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
             places = [sizes.index(case.size) + (i - (len(names) - 1) / 2) * width for case in mine]
             bars = axes.bar(places, medians, width, yerr=whiskers, capsize=2, color=self._colour(name))
             axes.bar_label(bars, [_rounded(median) for median in medians], fontsize=7, padding=2)
-        all_medians = [np.median(self._seconds[case]) for case in cases]
+        all_medians = [np.median(self._values[case]) for case in cases]
         if max(all_medians) > _LINEAR * min(all_medians):
             axes.set_yscale("log")
         axes.margins(y=0.1)
         axes.set_xticks(range(len(sizes)), sizes)
-        axes.set_xlabel("steps x envs" if " x " in sizes[0] else "transitions in the buffer")
-        axes.set_ylabel("microseconds")
+        axes.set_xlabel(self._size_label(operation))
+        axes.set_ylabel(self._units[cases[0]].name)
         axes.set_title(operation, fontsize=10)
+
+    def _size_label(self, operation: str) -> str:
+        section = next(m.section for m in self._measurements if m.case.operation == operation)
+        return _SIZE_LABELS[section]
+
+    def _shown(self, case: Case) -> dict[str, float] | None:
+        """The spread in the case's unit; None where it was not measured."""
+        if case not in self._values:
+            return None
+        return _spread(self._values[case] * self._units[case].per_second_or_byte)
 
     def _colour(self, name: str) -> str:
         return f"C{self._candidates.index(name)}"

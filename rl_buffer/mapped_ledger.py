@@ -1,0 +1,394 @@
+"""The `Ledger` of a directory: mapped arrays, written so that at any instruction they can be gone on from."""
+
+import dataclasses
+import math
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.allocator import Rows
+from rl_buffer.errors import InvalidInput
+from rl_buffer.failpoints import reached
+from rl_buffer.ledger import NO_PROGRESS, Ledger
+from rl_buffer.peers import Process
+from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.rollout_table import RolloutTableState
+from rl_buffer.samplers import Prioritized
+from rl_buffer.sessions import WriterProgress
+from rl_buffer.spec import Field
+from rl_buffer.stats_tracker import Episode, Moments, StatsTracker
+from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
+
+MAX_CLIENTS = 1 << 12
+MAX_WRITERS = 1 << 17
+_ALIGNMENT_NBYTES = 64  # the sum tree is faster if its leaves start with a cache line
+
+# The journal, in words.
+(
+    _ARMED,
+    _TABLE,
+    _NUM_ROWS,
+    _PUBLISHED_THEN,
+    _CLAIM_THEN,  # rollouts
+    _VERSION_THEN,  # rollouts
+    _HAS_TD_ERRORS,
+    _HAS_MOMENTS,
+    _WRITER,  # -1: none that could go on
+    _SEQUENCE_THEN,
+    _PART_THEN,
+    _JOURNAL_LENGTH,
+) = range(12)
+# Counts of a table.
+PUBLISHED, CLEARED, NUM_SAMPLES, NUM_DROPPED, _NUM_COUNTS = range(5)
+# A client: in use, the process, its token (two words). A writer: in use, its id (two words).
+_IN_USE, _PROCESS, _TOKEN, _CLIENT_LENGTH = 0, slice(1, 5), slice(5, 7), 7
+_WRITER_ID, _WRITER_LENGTH = slice(1, 3), 3
+_PROGRESS_LENGTH = len(WriterProgress._fields)
+# Moments: count, mean, m2, minimum, maximum of the rewards; how many episodes the ring has ever taken.
+_NEXT_EPISODE, _NUM_MOMENTS = 5, 6
+
+Words: TypeAlias = Any  # a flat memoryview
+Tables = Mapping[str, ReplayTable | RolloutTable]
+
+
+@dataclass(slots=True)
+class TableRecord:
+    """One table's part; what a table of its kind has not is of length 0."""
+
+    config: ReplayTable | RolloutTable
+    number: int
+    counts: Words
+    claims: NDArray[np.int64]
+    masses: NDArray[np.float64]
+    versions: NDArray[np.int64]
+    readers: NDArray[np.int64]
+
+
+class MappedLedger(Ledger):
+    """A ledger in memory that outlives its process. One thread."""
+
+    def __init__(self, arrays: Mapping[str, NDArray[Any]], tables: Tables, stats: StatsConfig) -> None:
+        """Take over arrays as `ledger_fields` says: zeros, or as a server of the same configuration left them.
+
+        An operation that was armed is carried out here as far as the ledger goes; see `recovery` for the rest.
+        """
+        self._stats = stats
+        self._header, self._journal = _words(arrays["header"]), _words(arrays["journal"])
+        self._journal_rows = arrays["journal_rows"]
+        self._journal_td_errors = arrays["journal_td_errors"]
+        self._moments, self._journal_moments = _words(arrays["moments"]), _words(arrays["journal_moments"])
+        self._episodes, self._clients = arrays["episodes"], arrays["clients"]
+        self._writers, self._progress = arrays["writers"], _words(arrays["progress"])
+        nothing = np.zeros(0, np.int64)
+        self.tables = {
+            name: TableRecord(
+                config,
+                number,
+                _words(arrays[f"{name}/counts"]),
+                *(arrays.get(f"{name}/{part}", nothing) for part in ("claims", "masses", "versions", "readers")),
+            )
+            for number, (name, config) in enumerate(sorted(tables.items()))
+        }
+        self._by_number = list(self.tables.values())
+        self._free_clients = [client for client in range(MAX_CLIENTS - 1, 0, -1) if not self._clients[client, _IN_USE]]
+        in_use = self._writers[:, _IN_USE].tolist()
+        self._free_writers = [writer for writer in range(MAX_WRITERS - 1, -1, -1) if not in_use[writer]]
+        self._writer_numbers = {self._writers[n, _WRITER_ID].tobytes(): n for n in np.flatnonzero(in_use).tolist()}
+        self._open_writers: set[bytes] = set()
+        if self._journal[_ARMED]:
+            self._carry_out()
+
+    # ---- clients and writers -------------------------------------------------------------------------------
+
+    def attached(self, token: bytes, process: Process) -> int:
+        """See `Ledger.attached`."""
+        if not self._free_clients:
+            raise InvalidInput(f"{MAX_CLIENTS} clients are attached or quarantined, which is the limit")
+        client = self._free_clients.pop()
+        self._clients[client, _PROCESS] = process
+        self._clients[client, _TOKEN] = np.frombuffer(token, np.int64)
+        self._clients[client, _IN_USE] = 1
+        return client
+
+    def left(self, client: int) -> None:
+        """See `Ledger.left`."""
+        self._clients[client, _IN_USE] = 0
+        self._free_clients.append(client)
+
+    def writer_opened(self, writer_id: bytes, progress: WriterProgress) -> int:
+        """See `Ledger.writer_opened`."""
+        if not writer_id:  # it will not go on
+            return -1
+        if writer_id in self._open_writers:
+            raise InvalidInput(f"writer {writer_id.hex()} is open in another session")
+        writer = self._writer_numbers.get(writer_id)
+        if writer is None:
+            if not self._free_writers:
+                raise InvalidInput(f"{MAX_WRITERS} writers are open or may come back, which is the limit")
+            writer = self._free_writers.pop()
+            self._writers[writer, _WRITER_ID] = np.frombuffer(writer_id, np.int64)
+            self._set_progress(writer, progress)
+            self._writers[writer, _IN_USE] = 1
+            self._writer_numbers[writer_id] = writer
+        self._open_writers.add(writer_id)
+        return writer
+
+    def writer_left(self, writer_id: bytes, *, comes_back: bool) -> None:
+        """See `Ledger.writer_left`."""
+        self._open_writers.discard(writer_id)
+        if writer_id and not comes_back:
+            writer = self._writer_numbers.pop(writer_id)
+            self._writers[writer, _IN_USE] = 0
+            self._free_writers.append(writer)
+
+    # ---- rows ----------------------------------------------------------------------------------------------
+
+    def reserved(self, table: str, rows: Rows, client: int) -> None:
+        """See `Ledger.reserved`."""
+        self.tables[table].claims[rows] = -client
+
+    def released(self, table: str, rows: Rows) -> None:
+        """See `Ledger.released`."""
+        self.tables[table].claims[rows] = 0
+
+    def begin(
+        self,
+        table: str,
+        rows: Rows,
+        *,
+        td_errors: NDArray[np.float64] | None = None,
+        number: int = 0,
+        version: int = 0,
+        writer: int = -1,
+        progress: WriterProgress = NO_PROGRESS,
+        episodes: Sequence[Episode] = (),
+        stats: StatsTracker | None = None,
+    ) -> None:
+        """See `Ledger.begin`."""
+        record = self.tables[table]
+        if td_errors is not None:
+            self._journal_td_errors[: len(rows)] = td_errors
+        if episodes:
+            assert stats is not None
+            self._write_episodes(episodes, stats.lifetime)
+        published = record.counts[PUBLISHED] + len(rows)
+        flags = (td_errors is not None, bool(episodes))
+        self._publish(record, rows, (published, number + 1, version, *flags, writer, *progress))
+
+    def end(self) -> None:
+        """See `Ledger.end`."""
+        self._journal[_ARMED] = 0
+
+    def cleared(self, table: str) -> None:
+        """See `Ledger.cleared`."""
+        record = self.tables[table]
+        if isinstance(record.config, RolloutTable):
+            self._empty(record, np.flatnonzero((record.claims > 0) & (record.readers == 0)))
+        else:
+            record.counts[CLEARED] = record.counts[PUBLISHED]
+
+    def sampled(self, table: str, num_samples: int) -> None:
+        """See `Ledger.sampled`."""
+        self.tables[table].counts[NUM_SAMPLES] = num_samples
+
+    def leased(self, table: str, rows: Rows, client: int, num_samples: int) -> None:
+        """See `Ledger.leased`."""
+        self.tables[table].readers[rows] = client
+        self.sampled(table, num_samples)
+
+    def given_back(self, table: str, rows: Rows) -> None:
+        """See `Ledger.given_back`."""
+        self.tables[table].readers[rows] = 0
+
+    def emptied(self, table: str, rows: Rows, num_dropped: int) -> None:
+        """See `Ledger.emptied`."""
+        record = self.tables[table]
+        self._empty(record, rows)
+        record.counts[NUM_DROPPED] = num_dropped
+
+    def _empty(self, record: TableRecord, fragments: Rows) -> None:
+        self._publish(record, fragments, (record.counts[PUBLISHED], 0, 0, False, False, -1, *NO_PROGRESS))
+        self.end()
+
+    def _publish(self, record: TableRecord, rows: Rows, rest: tuple[int, ...]) -> None:
+        self._journal_rows[: len(rows)] = rows
+        self._journal[_TABLE:] = array("q", (record.number, len(rows), *rest))
+        reached("server.noted")
+        self._journal[_ARMED] = 1
+        reached("server.armed")
+        self._carry_out()
+        reached("server.carried_out")
+
+    def _carry_out(self) -> None:
+        _, number, num_rows, published, claim, version, _, has_moments, writer, *progress = self._journal.tolist()
+        record, rows = self._by_number[number], self._journal_rows[:num_rows]
+        if isinstance(record.config, RolloutTable):
+            record.versions[rows] = version
+            record.readers[rows] = 0
+            record.claims[rows] = claim
+        else:
+            record.claims[rows] = np.arange(published - num_rows + 1, published + 1)
+        reached("server.half_carried_out")
+        record.counts[PUBLISHED] = published
+        if writer >= 0:
+            self._set_progress(writer, progress)
+        if has_moments:
+            self._moments[:] = self._journal_moments
+
+    def _set_progress(self, writer: int, progress: Iterable[int]) -> None:
+        start = writer * _PROGRESS_LENGTH
+        self._progress[start : start + _PROGRESS_LENGTH] = array("q", progress)
+
+    # ---- statistics ----------------------------------------------------------------------------------------
+
+    def _write_episodes(self, episodes: Sequence[Episode], lifetime: Moments) -> None:
+        """Write them behind the window, which stays as it is until the moments say where it ends."""
+        episodes, end = episodes[-self._stats.window :], int(self._moments[_NEXT_EPISODE])
+        for episode in episodes:
+            metrics = [episode.metrics.get(key, math.nan) for key in self._stats.extra_metrics_keys]
+            reasons = [key in episode.done_reasons for key in self._stats.done_reason_keys]
+            self._episodes[end % len(self._episodes)] = [episode.reward, episode.length, *metrics, *reasons]
+            end += 1
+        moments = (lifetime.count, lifetime.mean, lifetime.m2, lifetime.minimum, lifetime.maximum, end)
+        self._journal_moments[:] = array("d", moments)
+
+    def statistics(self) -> dict[str, Any]:
+        """The state of a `StatsTracker` that recorded all of this."""
+        count, mean, m2, minimum, maximum, end = self._moments.tolist()
+        if not count:
+            return StatsTracker().state()
+        keys, reasons = self._stats.extra_metrics_keys, self._stats.done_reason_keys
+        episodes = []
+        for age in range(int(min(count, self._stats.window)), 0, -1):
+            reward, length, *rest = self._episodes[int(end - age) % len(self._episodes)].tolist()
+            given = {key: value for key, value in zip(keys, rest, strict=False) if not math.isnan(value)}
+            held = frozenset(key for key, value in zip(reasons, rest[len(keys) :], strict=True) if value)
+            episodes.append(Episode(int(count) - age, reward, int(length), given, held))
+        lifetime = Moments(int(count), mean, m2, minimum, maximum)
+        return {"episodes": msgspec.to_builtins(episodes), "lifetime": dataclasses.asdict(lifetime)}
+
+    # ---- what an earlier server left ------------------------------------------------------------------------
+
+    @property
+    def incarnation(self) -> int:
+        """How many servers had this ledger before."""
+        incarnation: int = self._header[0]
+        return incarnation
+
+    def interrupted(self, table: str) -> tuple[Rows, NDArray[np.float64] | None] | None:
+        """Rows and initial priorities of the commit to `table` that a kill interrupted, if there was one."""
+        is_armed, number, num_rows, _, _, _, has_td_errors, *_ = self._journal.tolist()
+        if not is_armed or number != self.tables[table].number:
+            return None
+        td_errors = np.array(self._journal_td_errors[:num_rows]) if has_td_errors else None
+        return np.array(self._journal_rows[:num_rows]), td_errors
+
+    def clients(self) -> dict[int, tuple[bytes, Process]]:
+        """Token and process of each client that had not left, by number."""
+        entries = {client: self._clients[client] for client in np.flatnonzero(self._clients[:, _IN_USE]).tolist()}
+        return {c: (entry[_TOKEN].tobytes(), Process(*entry[_PROCESS].tolist())) for c, entry in entries.items()}
+
+    def disown(self, client: int) -> None:
+        """A client that had not left is gone: its rows are free, and what it read is finished."""
+        for record in self.tables.values():
+            record.claims[record.claims == -client] = 0
+            record.readers[record.readers == client] = 0
+        self.left(client)
+
+    def writers(self) -> dict[bytes, WriterProgress]:
+        """How much is published of what each writer sent that may go on, by writer_id."""
+        progress = np.reshape(self._progress, (-1, _PROGRESS_LENGTH)).tolist()
+        return {writer_id: WriterProgress(*progress[number]) for writer_id, number in self._writer_numbers.items()}
+
+    def adopt(
+        self,
+        states: Mapping[str, ReplayTableState | RolloutTableState],
+        stats: StatsTracker,
+        writers: Mapping[bytes, WriterProgress],
+    ) -> None:
+        """Write down, in a ledger where nothing is, tables that were filled in another way."""
+        for name, state in states.items():
+            record = self.tables[name]
+            if isinstance(state, RolloutTableState):
+                cut = state.freeze()
+                state.copied(len(record.claims))  # nobody copies it
+                for row, (number, version) in zip(np.concatenate(cut.rows), cut.values["fragments"], strict=True):
+                    record.claims[row], record.versions[row] = number + 1, version
+                counts = (state.num_commits, 0, state.num_handed_out, state.num_dropped)
+            else:
+                published, committed = state.limiter.num_inserts, state.allocator.committed()
+                record.claims[committed] = np.arange(published - len(committed), published) + 1
+                counts = (published, published - len(committed), state.limiter.num_samples, 0)
+            record.counts[:] = array("q", counts)
+        episodes = msgspec.convert(stats.state()["episodes"], list[Episode])
+        if episodes:
+            self._write_episodes(episodes, stats.lifetime)
+            self._moments[:] = self._journal_moments
+        for writer_id, progress in writers.items():
+            self.writer_opened(writer_id, progress)
+            self.writer_left(writer_id, comes_back=True)
+
+    def recovered(self) -> None:
+        """All is as it was, an interrupted commit included: begin another incarnation."""
+        self.end()
+        self._header[0] += 1
+
+
+def ledger_fields(tables: Tables, stats: StatsConfig) -> dict[str, Field]:
+    """The arrays that a ledger of these tables needs, each of 8-byte items."""
+    num_metrics = len(stats.extra_metrics_keys) + len(stats.done_reason_keys)
+    most_rows = max(
+        table.num_fragments if isinstance(table, RolloutTable) else min(table.capacity, table.num_rows - table.capacity)
+        for table in tables.values()
+    )
+    fields = {
+        "header": Field((1,), "int64"),
+        "journal": Field((_JOURNAL_LENGTH,), "int64"),
+        "journal_rows": Field((most_rows,), "int64"),
+        "journal_td_errors": Field((most_rows,), "float64"),
+        "journal_moments": Field((_NUM_MOMENTS,), "float64"),
+        "moments": Field((_NUM_MOMENTS,), "float64"),
+        "episodes": Field((2 * stats.window, 2 + num_metrics), "float64"),
+        "clients": Field((MAX_CLIENTS, _CLIENT_LENGTH), "int64"),
+        "writers": Field((MAX_WRITERS, _WRITER_LENGTH), "int64"),
+        "progress": Field((MAX_WRITERS, _PROGRESS_LENGTH), "int64"),
+    }
+    for name, table in tables.items():
+        fields |= {
+            f"{name}/counts": Field((_NUM_COUNTS,), "int64"),
+            f"{name}/claims": Field((table.num_rows,), "int64"),
+        }
+        if isinstance(table, RolloutTable):
+            fields |= {f"{name}/{part}": Field((table.num_rows,), "int64") for part in ("versions", "readers")}
+        elif isinstance(table.sampler, Prioritized):
+            fields[f"{name}/masses"] = Field((table.num_rows,), "float64")
+    return fields
+
+
+def ledger_nbytes(fields: Mapping[str, Field]) -> int:
+    """Bytes of a ledger's memory."""
+    return sum(_aligned(field.nbytes) for field in fields.values())
+
+
+def ledger_arrays(fields: Mapping[str, Field], buffer: Any) -> dict[str, NDArray[Any]]:
+    """The arrays in a buffer of `ledger_nbytes`, one behind the other."""
+    arrays, offset = {}, 0
+    for name, field in fields.items():
+        arrays[name] = np.ndarray(field.shape, field.dtype, buffer, offset)
+        offset += _aligned(field.nbytes)
+    return arrays
+
+
+def _words(array: NDArray[Any]) -> Words:
+    """An array for stores one by one: 0.04 us each, in NumPy 0.1 us, and 1 us for a short slice."""
+    words = memoryview(array).cast("B")  # type: ignore[arg-type]
+    return words.cast("d") if array.dtype == np.float64 else words.cast("q")
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES

@@ -1,0 +1,1 @@
+"""The parts of scripts/soak.py, which tests use too: rows that prove themselves, clients, faults, and the audit."""
