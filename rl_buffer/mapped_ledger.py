@@ -225,6 +225,7 @@ class MappedLedger(Ledger):
         reached("server.carried_out")
 
     def _carry_out(self) -> None:
+        """Store what the journal says; once more does no harm."""
         _, number, num_rows, published, claim, version, _, has_moments, writer, *progress = self._journal.tolist()
         record, rows = self._by_number[number], self._journal_rows[:num_rows]
         if isinstance(record.config, RolloutTable):
@@ -293,12 +294,13 @@ class MappedLedger(Ledger):
         entries = {client: self._clients[client] for client in np.flatnonzero(self._clients[:, _IN_USE]).tolist()}
         return {c: (entry[_TOKEN].tobytes(), Process(*entry[_PROCESS].tolist())) for c, entry in entries.items()}
 
-    def disown(self, client: int) -> None:
-        """A client that had not left is gone: its rows are free, and what it read is finished."""
+    def disown(self, clients: Sequence[int]) -> None:
+        """Clients that had not left are gone: their rows are free, and what they read is finished."""
         for record in self.tables.values():
-            record.claims[record.claims == -client] = 0
-            record.readers[record.readers == client] = 0
-        self.left(client)
+            record.claims[np.isin(record.claims, np.negative(clients))] = 0
+            record.readers[np.isin(record.readers, clients)] = 0
+        for client in clients:
+            self.left(client)
 
     def writers(self) -> dict[bytes, WriterProgress]:
         """How much is published of what each writer sent that may go on, by writer_id."""

@@ -139,18 +139,19 @@ def resume(core: ServerCore, ledger: MappedLedger, survivors: Iterable[Survivor]
     """
     core.stats.restore(ledger.statistics())
     core.know_writers(ledger.writers())
+    records = [ledger.tables[name] for name in core.tables]
+    held = [_by_client(np.minimum(record.claims, 0)) for record in records]
+    read = [_by_client(np.where(record.claims[: len(record.readers)] > 0, -record.readers, 0)) for record in records]
     for client, token, pid, _ in survivors:
         session = Session(token, f"pid {pid or 'unknown'} of an earlier server", pid, now_s, False, client)
         for index, table in enumerate(core.tables.values()):
-            record = ledger.tables[table.name]
-            held = np.flatnonzero(record.claims == -client)
-            if len(held):
-                writer_id = _channel_id(token, 2 * index)
-                session.channels[writer_id] = WriterChannel(writer_id, session, table, 0, rows=held, closing=True)
-            read = np.flatnonzero((record.readers == client) & (record.claims > 0)) if len(record.readers) else held[:0]
-            if len(read):
-                reader = ReaderChannel(_channel_id(token, 2 * index + 1), session, table, rows=set(read.tolist()))
-                session.channels[reader.channel_id] = reader
+            if client in held[index]:
+                channel_id, rows = _channel_id(token, 2 * index), held[index][client]
+                session.channels[channel_id] = WriterChannel(channel_id, session, table, 0, rows=rows, closing=True)
+            if client in read[index]:
+                channel_id, rows = _channel_id(token, 2 * index + 1), read[index][client]
+                reader = ReaderChannel(channel_id, session, table, rows=set(rows.tolist()))
+                session.channels[channel_id] = reader
                 table.readers.append(reader)
         if session.channels:
             core.sessions[token] = session
@@ -158,6 +159,12 @@ def resume(core: ServerCore, ledger: MappedLedger, survivors: Iterable[Survivor]
             ledger.left(client)
     reached("server.recovering")
     ledger.recovered()
+
+
+def _by_client(claims: Rows) -> dict[int, Rows]:
+    """The rows of each client c, where `claims` has -c."""
+    rows = np.flatnonzero(claims)
+    return {client: rows[claims[rows] == -client] for client in np.unique(-claims[rows]).tolist()}
 
 
 def _channel_id(token: bytes, number: int) -> bytes:

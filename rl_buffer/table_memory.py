@@ -145,6 +145,7 @@ class DirectoryMemory(ServerMemory):
         """The bookkeeping as the last server left it, or of a new directory."""
         arrays = ledger_arrays(self._fields, self._ledger_segment.buffer)
         self._ledger = ledger = MappedLedger(arrays, self._config.tables, self._config.stats)
+        gone = []
         for client, (token, process) in ledger.clients().items():
             try:
                 pidfd = find_again(process)
@@ -152,9 +153,10 @@ class DirectoryMemory(ServerMemory):
                 self.survivors.append(Survivor(client, token, 0, None))
             else:
                 if pidfd is None:
-                    ledger.disown(client)
+                    gone.append(client)
                 else:
                     self.survivors.append(Survivor(client, token, process.pid, pidfd))
+        ledger.disown(gone)
         states = {}
         for name, memory in self.tables.items():
             generations = memory.generations.array("int64")

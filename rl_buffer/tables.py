@@ -148,6 +148,8 @@ class RolloutTable(msgspec.Struct, frozen=True, tag=True):
             time, and they are handed out in the order in which they were begun, so the slowest writer sets the pace.
             With max_version_lag = 0 that is synchronous training: nobody begins before the learner, which publishes
             first, has released what it read.
+            Late all the same, and dropped and counted, is what a writer made without fetching the parameters that were
+            there when it began, or what is left of a learner that published and died before its release.
         fragments_per_update: that the learner takes and releases together.
         parameters: name of the parameter set whose versions count.
 

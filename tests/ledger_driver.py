@@ -129,12 +129,13 @@ class World:
         """The next server on this memory."""
         ledger = LoggingLedger(self.arrays, self.tables, STATS)
         ledger.log, ledger.contents = self.log, self.contents
-        survivors = []
+        survivors, gone = [], []
         for client, (client_token, _) in ledger.clients().items():
             if client_token in self.tokens.values():
                 survivors.append(Survivor(client, client_token, 1, None))
             else:
-                ledger.disown(client)
+                gone.append(client)
+        ledger.disown(gone)
         states = {name: resumed_table(ledger, name, self.generations[name]) for name in self.tables}
         core = ServerCore(EPOCH, states, STATS, ledger)
         core.parameters["policy"] = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))

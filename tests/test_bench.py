@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(360)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 300.0  # half a minute where nothing else runs
+DEADLINE_S = 550.0  # half a minute where nothing else runs: only a hang reaches it
 PEERS = {"cpprb": "cpprb", "SB3": "stable-baselines3", "torchrl": "torchrl"}
 BUFFER_OPERATIONS = {("prioritized get of 256", size): {"rl_buffer", "gather only", "cpprb"} for size in ("1 k", "4 k")}
 BUFFER_OPERATIONS |= {

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from rl_buffer.errors import InvalidInput
-from rl_buffer.rollout_table import RolloutTableState
+from rl_buffer.rollout_table import Fragment, RolloutTableState
 from rl_buffer.spec import Field, TransitionSpec
 from rl_buffer.tables import RolloutTable
 
@@ -132,6 +132,34 @@ def test_clear_drops_what_is_finished_and_nothing_else():
     fragments.reserve(1)
     fragments.clear()
     assert (len(fragments), fragments.num_reading, fragments.num_writing, fragments.num_free) == (0, 1, 1, 1)
+
+
+def test_what_an_earlier_server_had_goes_on_in_its_order_and_new_fragments_come_after_it():
+    fragments = state(num_fragments=5, max_version_lag=5, when_late="wait")
+    fragments.resume(
+        [Fragment(4, 7, 1), Fragment(0, 5, 1)],
+        [Fragment(2, 6, 1)],
+        rows(3),
+        num_commits=8,
+        num_handed_out=6,
+        num_dropped=0,
+    )
+    assert (len(fragments), fragments.num_reading, fragments.num_writing, fragments.num_free) == (2, 1, 1, 1)
+    assert fragments.reserve(1).tolist() == [1]
+    fragments.give_back(rows(2))
+    assert [fragment.row for fragment in fragments.lease(5, 1).fragments] == [0, 2, 4]
+    fragments.commit(rows(1), 1)
+    assert [fragment[:2] for fragment in fragments.lease(5, 1).fragments] == [(1, 8)]
+    fragments.release(rows(3))
+    assert (fragments.num_writing, fragments.num_free, fragments.num_commits, fragments.num_handed_out) == (0, 1, 9, 10)
+
+
+def test_nobody_waits_for_a_fragment_whose_writer_will_not_commit_it():
+    fragments = state(max_version_lag=0, when_late="wait")  # one at a time
+    fragments.resume([], [], rows(0), num_commits=0, num_handed_out=0, num_dropped=0)
+    assert fragments.num_reservable == 1
+    written = write(fragments)
+    assert [fragment.row for fragment in fragments.lease(1, 0).fragments] == [written]
 
 
 @pytest.mark.parametrize(
