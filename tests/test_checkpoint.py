@@ -148,9 +148,6 @@ def stop_half_way(begin, eventually):
 
 def begin_and_stop(begun, path, eventually):
     report, pid = begun
-    eventually(lambda: unfinished_nbytes(path) >= 0 or report.done())
-    with contextlib.suppress(ProcessLookupError):
-        os.setpriority(os.PRIO_PROCESS, pid or -1, 19)  # where the machine is busy, this thread is to be faster
     eventually(lambda: unfinished_nbytes(path) > MIB or report.done())
     if pid and not report.done():
         send_signal(pid, signal.SIGSTOP)
