@@ -251,7 +251,7 @@ def is_actor(pid: int) -> bool:
         (["train.py", "--env", "Foo-v0"], "Foo"),
         (["train.py", "--env", "Pendulum-v1"], "Ape-X DQN needs Box observations and Discrete actions"),
         (["train.py", "--algo", "foo"], "invalid choice 'foo'"),
-        (["train.py", "--algo", "ppo", "--env", "Pendulum-v1"], "PPO needs Box observations and Discrete actions"),
+        (["train.py", "--algo", "ppo", "--env", "FrozenLake-v1"], "PPO needs Box observations and Discrete or Box"),
         (["train.py", "--algo", "sac", "--env", "CartPole-v1"], "SAC needs Box observations and Box actions"),
         (["train.py", "--algo", "sac", "--lead", "1"], "--lead must be at least 2"),
         (["train.py", "--algo", "sac", "--alpha", "0.6"], "--alpha"),  # an option of apex

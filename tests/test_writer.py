@@ -35,7 +35,7 @@ def server():
         "prioritized_n2": table(sampler=priorities, n_step=2),
         "dict": table(DICT_SPEC),
         "discrete": table(DISCRETE_SPEC),
-        # Two chunks of writers with chunk_size=4 (10 rows each) do not fit.
+        # Two chunks (10 rows) of one writer with chunk_size=4 fit, of two writers they do not.
         "narrow": table(headroom=16),
         "limited": table(rate_limiter=rb.SampleToInsertRatio(1.0, min_size_to_sample=8, error_buffer=16.0)),
     }
@@ -549,11 +549,13 @@ def test_an_add_that_the_limiter_holds_back_says_so_and_can_be_repeated(client):
 
 
 def test_an_add_that_finds_no_rows_says_who_holds_them_and_can_be_repeated(client):
-    holder = client.writer("narrow", num_envs=1, chunk_size=4)
+    # The first gets the two chunks that it wants, the second what is left of the headroom.
+    holders = [client.writer("narrow", num_envs=1, chunk_size=4) for _ in range(2)]
     writer = client.writer("narrow", num_envs=1, chunk_size=4, timeout_s=0.2)
     number, message = add_until_deadline(writer, 0)
-    assert "waits for rows, 10 of 16 are reserved" in message
-    holder.close()
+    assert "waits for rows, 16 of 16 are reserved" in message
+    for holder in holders:
+        holder.close()
     for later in range(number, number + 20):
         add_numbered(writer, later)
     writer.close()
