@@ -119,14 +119,7 @@ class BufferServer:
             raise InvalidInput(f"this server runs already, at {self._address}")
         self.stop()  # what is left of one that was killed
         self._address = self._requested_address or fresh_address()
-        environment = os.environ | dict.fromkeys(_THREAD_LIMITS, "1")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rl_buffer.server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=environment,
-            start_new_session=True,  # Ctrl-C in the terminal is for the parent to act on
-        )
+        self._process = _launch()
         try:
             config = ServerConfig(
                 self._address,
@@ -186,6 +179,17 @@ class BufferServer:
 
     def __exit__(self, *exception: object) -> None:
         self.stop()
+
+
+def _launch() -> subprocess.Popen[bytes]:
+    """The server process, which waits for its configuration on stdin and answers on stdout."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "rl_buffer.server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=os.environ | dict.fromkeys(_THREAD_LIMITS, "1"),
+        start_new_session=True,  # Ctrl-C in the terminal is for the parent to act on
+    )
 
 
 def _pipe(stream: IO[bytes] | None) -> IO[bytes]:

@@ -135,9 +135,9 @@ def test_a_client_that_is_killed_anywhere_harms_nobody_and_leaves_nothing(site, 
     eventually(is_forgotten, FREE_WITHIN_S)
     held, slot = site.look(), site.board.slot(number)
     if role == "writer":
-        # Of the chunk that was being written nothing is there, unless its commit was sent.
+        # Of the chunk that was being written nothing is there, unless its commit was sent. It may be more than
+        # CHUNK_SIZE: where rows came late it has the steps that were added meanwhile.
         high = held.get(number, (0, 0))[1]
-        assert high % CHUNK_SIZE == 0
         assert high <= slot["sent"] - (CHUNK_SIZE if name in BEFORE_THE_COMMIT else 0)
         assert failpoint not in BEFORE_THE_COMMIT or high == 0
     site.wait_for_success(site.bystanders.values(), since_ns=ended_ns)
