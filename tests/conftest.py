@@ -4,11 +4,11 @@ import contextlib
 import time
 
 import pytest
+from warm_server import WarmServers
 
 import rl_buffer as rb
 import rl_buffer.server
 from rl_buffer.launch import ProcessGroup
-from warm_server import WarmServers
 
 DEADLINE_S = 60.0  # for what should take milliseconds: only a hang reaches it
 

@@ -40,7 +40,7 @@ from scripts.soaking.scoreboard import COMMANDS, Scoreboard
 
 pytestmark = pytest.mark.timeout(120)
 
-AT_ONCE_S = 5.0  # under load; the calls' own deadlines are longer
+AT_ONCE_S = 15.0  # on a busy machine; the calls' own deadlines are longer
 FREE_WITHIN_S = 1.0
 BEFORE_THE_COMMIT = ("writer.reserving", "writer.reserved", "writer.half_written", "writer.written")
 AT_THE_START = ("locked", "allocated", "recovering", "resumed", "completing", "bound")

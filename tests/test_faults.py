@@ -20,7 +20,7 @@ import rl_buffer as rb
 pytestmark = pytest.mark.timeout(90)
 
 CAPACITY = 64
-AT_ONCE_S = 5.0  # under load; deadlines that must not be waited for are DEADLINE_S of conftest, 30 s
+AT_ONCE_S = 15.0  # on a busy machine; deadlines that must not be waited for are DEADLINE_S of conftest, 60 s
 TABLE = rb.ReplayTable(NUMBERED_SPEC, capacity=CAPACITY, headroom=128, sampler=rb.Prioritized(), seed=0)
 
 
@@ -365,13 +365,13 @@ def test_a_forked_child_gets_an_error_and_its_parent_goes_on(address, client, ch
     assert receive(here, children) == 2
 
 
-def test_nothing_is_left_in_dev_shm_or_at_the_address(serve, connect):
+def test_nothing_is_left_in_dev_shm_or_at_the_address(serve, connect, eventually):
     before = set(os.listdir("/dev/shm"))
     server = serve(TABLE)
     client = connect(server)
     add_numbers(client, range(10))
     client.publish_parameters({"w": np.zeros(3)})
-    assert set(os.listdir("/dev/shm")) == before
+    eventually(lambda: set(os.listdir("/dev/shm")) <= before)  # other tests have semaphores there for a moment
     directory = Path(server.address.removeprefix("ipc://"))
     assert directory.is_dir()
     server.stop()

@@ -194,7 +194,7 @@ def test_rollouts_that_were_finished_or_read_are_handed_out_in_their_order(
         client = connect(server)
         assert client.info()["tables"]["rollout"]["reading"] == 1  # its reader lives
         os.kill(reader, signal.SIGKILL)
-        eventually(lambda: client.info()["tables"]["rollout"]["reading"] == 0)  # or its fragment comes behind the others
+        eventually(lambda: client.info()["tables"]["rollout"]["reading"] == 0)  # else it comes last
         rollouts = client.rollouts("rollout").take(4)
         assert rollouts.num_fragments == 4
         (batch,) = rollouts.get(shuffle=False)
