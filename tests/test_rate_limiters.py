@@ -1,12 +1,13 @@
 import math
 
 import msgspec
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rl_buffer.errors import InvalidInput
-from rl_buffer.rate_limiters import MinSize, RateLimiter, SampleToInsertRatio
+from rl_buffer.rate_limiters import COUNTS, LimiterConfig, MinSize, Queue, RateLimiter, SampleToInsertRatio, Stack
 
 
 def limiter(samples_per_insert=8.0, min_size=1000, error_buffer=100.0):
@@ -200,13 +201,263 @@ def test_a_commit_across_the_minimum_size_passes_as_far_as_sampling_needs():
 
 
 @pytest.mark.parametrize(
-    "config", [MinSize(5), SampleToInsertRatio(8.0, 9, 50.0), SampleToInsertRatio(8.0, 9, (1.0, 90.0))]
+    "config",
+    [
+        MinSize(5),
+        SampleToInsertRatio(8.0, 9, 50.0),
+        SampleToInsertRatio(8.0, 9, (1.0, 90.0)),
+        Queue(7),
+        Stack(7),
+    ],
 )
 def test_configs_travel_in_a_tagged_union(config):
     wire = msgspec.msgpack.encode(config)
-    assert msgspec.msgpack.decode(wire, type=MinSize | SampleToInsertRatio) == config
+    assert msgspec.msgpack.decode(wire, type=LimiterConfig) == config
 
 
 def test_a_bad_config_is_refused_when_it_arrives():
     with pytest.raises(msgspec.ValidationError, match="min_size_to_sample is 0"):
-        msgspec.json.decode(b'{"type": "MinSize", "min_size_to_sample": 0}', type=MinSize | SampleToInsertRatio)
+        msgspec.json.decode(b'{"type": "MinSize", "min_size_to_sample": 0}', type=LimiterConfig)
+
+
+# ---- against the rules as Reverb states them -----------------------------------------------------------------------
+
+
+class Model:
+    """The two rules, item by item, from lists of what happened."""
+
+    def __init__(self, ratio, min_size, min_diff, max_diff):
+        self.ratio, self.min_size, self.min_diff, self.max_diff = ratio, min_size, min_diff, max_diff
+        self.inserts = self.samples = self.deletes = 0
+
+    def may_insert(self, n):
+        if self.inserts - self.deletes + n <= self.min_size:
+            return True
+        return (self.inserts + n) * self.ratio - self.samples <= self.max_diff
+
+    def may_sample(self, n):
+        if self.inserts - self.deletes < self.min_size:
+            return False
+        return self.inserts * self.ratio - self.samples - n >= self.min_diff
+
+
+ratios = st.sampled_from([0.1, 0.25, 0.3, 1.0, 1.7, 3.0, 8.0]) | st.floats(0.05, 32.0)
+
+
+@st.composite
+def configs(draw):
+    """A config, and the numbers that its model takes."""
+    kind = draw(st.sampled_from([MinSize, SampleToInsertRatio, Queue, Stack]))
+    if kind is MinSize:
+        min_size = draw(st.integers(1, 20))
+        return MinSize(min_size), (1.0, min_size, -math.inf, math.inf)
+    if kind in (Queue, Stack):
+        capacity = draw(st.integers(1, 20))
+        return kind(capacity), (1.0, 1, 0.0, float(capacity))
+    ratio, min_size = draw(ratios), draw(st.integers(1, 20))
+    least = max(1.0, ratio)
+    if draw(st.booleans()):
+        error_buffer = draw(st.floats(1.0, 5.0)) * least
+        centre = ratio * min_size
+        if (centre + error_buffer) - (centre - error_buffer) < 2 * least:  # rounding at the narrowest
+            error_buffer *= 1.01
+        return SampleToInsertRatio(ratio, min_size, error_buffer), (
+            ratio,
+            min_size,
+            centre - error_buffer,
+            centre + error_buffer,
+        )
+    low = draw(st.floats(-20.0, ratio * min_size))
+    high = low + 2 * least * draw(st.floats(1.01, 5.0))
+    return SampleToInsertRatio(ratio, min_size, (low, high)), (ratio, min_size, low, high)
+
+
+requests = st.lists(st.tuples(st.sampled_from(["insert", "sample", "delete"]), st.integers(1, 30)), max_size=100)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True)
+@given(configs(), requests)
+def test_what_passes_is_what_the_rules_let_pass(config_and_numbers, played):
+    config, numbers = config_and_numbers
+    table, model = RateLimiter(config), Model(*numbers)
+    for request, n in played:
+        if request == "insert":
+            passing = table.num_insertable(n)
+            for number in range(n):
+                assert model.may_insert(1) == (number < passing)
+                if number == passing:
+                    break
+                model.inserts += 1
+            table.inserted(passing)
+        elif request == "sample":
+            assert table.can_sample(n) == model.may_sample(n)
+            if model.may_sample(n):
+                model.samples += n
+                table.sampled(n)
+        else:
+            num_deleted = min(n, model.inserts - model.deletes)
+            model.deletes += num_deleted
+            table.deleted(num_deleted)
+        assert (table.num_inserts, table.num_samples, table.size) == (
+            model.inserts,
+            model.samples,
+            model.inserts - model.deletes,
+        )
+        assert table.cursor == model.inserts * model.ratio - model.samples
+
+
+def test_a_quotient_that_is_rounded_down_holds_no_item_back():
+    """(8.3 + 0) / 0.1 is 83.00000000000001 or 82.99999999999999, depending on the numbers; the rule knows better."""
+    held_back = []
+    for tenths in range(20, 400):
+        table = RateLimiter(SampleToInsertRatio(0.1, 1, (-2.0, tenths * 0.1)))
+        passing = next(n for n in range(500) if (n + 1) * 0.1 > tenths * 0.1)
+        held_back.append(passing - table.num_insertable(500))
+    assert held_back == [0] * len(held_back)
+
+
+# ---- by hand -------------------------------------------------------------------------------------------------------
+
+
+def play(table, *steps):
+    """Each step is (what, n, how many of n pass)."""
+    for number, (what, n, expected) in enumerate(steps):
+        if what == "insert":
+            passing = table.num_insertable(n)
+            table.inserted(passing)
+        elif what == "sample":
+            passing = n * table.can_sample(n)
+            table.sampled(passing)
+        elif what == "clear":
+            passing = n
+            table.cleared(n)
+        else:
+            passing = n
+            table.deleted(n)
+        assert passing == expected, f"step {number}: {passing} of {what} {n} passed, cursor {table.cursor}"
+
+
+def test_a_ratio_by_hand():
+    play(
+        RateLimiter(SampleToInsertRatio(4.0, 3, 6.0)),  # 6 <= cursor <= 18
+        ("sample", 1, 0),  # size 0
+        ("insert", 2, 2),  # size 2, cursor 8
+        ("sample", 1, 0),  # size 2
+        ("insert", 9, 2),  # size 4, cursor 16; the next would be 20
+        ("sample", 11, 0),  # 16 - 11 = 5
+        ("sample", 10, 10),  # cursor 6
+        ("sample", 1, 0),  # 5
+        ("insert", 4, 3),  # cursor 18; the next would be 22
+        ("delete", 3, 3),  # size 4: overwriting leaves the cursor at 18
+        ("insert", 1, 0),  # 22
+        ("delete", 2, 2),  # size 2, cursor 18
+        ("sample", 1, 0),  # size 2
+        ("insert", 2, 1),  # size 3, cursor 22: the minimum passes whatever the cursor
+        ("sample", 16, 16),  # cursor 6
+    )
+
+
+def test_a_queue_by_hand():
+    table = RateLimiter(Queue(3))
+    play(
+        table,
+        ("sample", 1, 0),  # cursor 0
+        ("insert", 5, 3),  # cursor 3
+        ("sample", 4, 0),  # 3 - 4 = -1
+        ("sample", 2, 2),  # cursor 1
+        ("delete", 2, 2),  # size 1: with their only use they are gone
+        ("insert", 5, 2),  # cursor 3, size 3
+        ("clear", 3, 3),  # size 0, cursor 0: nobody will take them
+        ("insert", 5, 3),  # cursor 3
+        ("sample", 3, 3),  # cursor 0
+        ("delete", 3, 3),  # size 0
+    )
+    assert (table.num_inserts, table.num_samples, table.cursor, table.size) == (8, 5, 0.0, 0)
+
+
+def test_another_limiter_counts_as_if_the_table_had_just_been_filled():
+    table = RateLimiter(MinSize(2))
+    play(table, ("insert", 100, 100), ("sample", 1000, 1000), ("delete", 90, 90))  # size 10
+    table.set(SampleToInsertRatio(2.0, 4, 4.0))  # 4 <= cursor <= 12
+    assert (table.cursor, table.size, table.num_inserts, table.num_samples) == (8.0, 10, 100, 1000)
+    play(
+        table,
+        ("insert", 5, 2),  # cursor 12
+        ("sample", 9, 0),  # 3
+        ("sample", 8, 8),  # cursor 4
+    )
+    table.set(Queue(20))
+    assert table.cursor == table.size == 12
+    table.set(SampleToInsertRatio(1.0, 50, (0.0, 60.0)))  # size 12 is below the minimum
+    assert table.cursor == 12.0
+    play(table, ("sample", 1, 0), ("insert", 40, 40))  # size 52, cursor 52
+
+
+@given(configs(), configs(), requests)
+def test_restored_counters_and_rules_are_the_same(before, after, played):
+    table = RateLimiter(before[0])
+    for what, n in played:
+        if what == "insert":
+            table.inserted(table.num_insertable(n))
+        elif what == "sample" and table.can_sample(n):
+            table.sampled(n)
+            table.deleted(min(n, table.size) if isinstance(before[0], Queue | Stack) else 0)
+    table.set(after[0])
+    again = RateLimiter(before[0])
+    counts = {name: getattr(table, name) for name in COUNTS}
+    again.restore(counts, (table.config, table.first_insert, table.first_sample))
+    assert vars(again) == vars(table)
+
+
+def test_the_largest_batch_of_a_queue_is_all_of_it():
+    RateLimiter(Queue(8)).check_sample_possible(8)
+    with pytest.raises(InvalidInput, match=r"a batch of 9 items could never pass Queue\(8\)"):
+        RateLimiter(Queue(8)).check_sample_possible(9)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Queue(0), "capacity is 0; expected at least 1"),
+        (lambda: Stack(-3), "capacity is -3; expected at least 1"),
+        (lambda: Queue(2.5), "capacity is 2.5; expected an integer"),
+        (lambda: MinSize(1.5), "min_size_to_sample is 1.5; expected an integer"),
+        (lambda: SampleToInsertRatio("x", 1, 8.0), "samples_per_insert is 'x'; expected a number"),
+        (lambda: SampleToInsertRatio(1.0, 1, "wide"), "error_buffer is 'wide'; expected a number"),
+        (lambda: SampleToInsertRatio(1.0, 1, (0.0,)), r"error_buffer is \(0.0,\); expected a number or \(min_diff"),
+        (lambda: SampleToInsertRatio(1.0, 1, math.inf), "error_buffer is inf; expected finite numbers, or use MinSize"),
+        (lambda: SampleToInsertRatio(1.0, 1, (0.0, math.inf)), "expected finite numbers, or use MinSize"),
+    ],
+)
+def test_what_is_not_a_limiter_is_refused_with_the_value(make, message):
+    with pytest.raises(InvalidInput, match=message):
+        make()
+
+
+def test_numbers_of_numpy_and_lists_become_plain_ones_that_travel():
+    config = SampleToInsertRatio(np.float32(2.0), np.int64(3), [np.float64(0.0), 9])
+    assert msgspec.structs.astuple(config) == (2.0, 3, (0.0, 9.0))
+    assert msgspec.json.decode(msgspec.json.encode(config), type=LimiterConfig) == config
+
+
+def test_a_limiter_describes_itself_in_plain_values():
+    table = RateLimiter(SampleToInsertRatio(2.0, 4, 5.0))
+    table.inserted(4)
+    assert table.describe() == {
+        "kind": "SampleToInsertRatio",
+        "parameters": {"samples_per_insert": 2.0, "min_size_to_sample": 4, "error_buffer": 5.0},
+        "cursor": 8.0,
+        "min_diff": 3.0,
+        "max_diff": 13.0,
+        "min_size": 4,
+    }
+    unbounded = RateLimiter(MinSize(4)).describe()
+    assert (unbounded["min_diff"], unbounded["max_diff"]) == (None, None)
+
+
+def test_a_queue_says_how_full_it_is():
+    table = RateLimiter(Queue(8))
+    table.inserted(3)
+    assert table.explain_sample(4) == "sampling waits: 3 of 4 items"
+    table.inserted(5)
+    assert table.explain_insert(2) == "inserting waits: 8 of 8 items are there and not taken"
