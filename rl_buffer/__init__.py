@@ -4,13 +4,13 @@
 
     layer       modules
     pure        errors, failpoints, spec, allocator, kernels, sum_tree, row_set, importance, samplers, rate_limiters,
-                n_step, stats_tracker, tables, inputs, episode_ends, step_history, transition_history, sequence_history,
-                offline, replay_input, replay_table, rollout_table, parameter_slots, address, buffer_arguments, gae,
-                rollout_fragment
+                waits, n_step, stats_tracker, tables, inputs, episode_ends, step_history, transition_history,
+                sequence_history, offline, replay_input, replay_table, rollout_table, parameter_slots, address,
+                buffer_arguments, gae, rollout_fragment
     memory      storage, peers, descriptors, directory, local_rows, buffer_files, checkpoint_file, checkpoint
     buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_batches, rollout_buffer
     protocol    frames, messages
-    processes   sessions, ledger, server_info, checkpoint_request, server_core, mapped_ledger, recovery,
+    processes   sessions, ledger, wait_facts, server_info, checkpoint_request, server_core, mapped_ledger, recovery,
                 table_memory, checkpoint_process, checkpointer, server_loop, server      (the server)
                 connection, parameters, outbox, writer, sampler, served_buffer, rollout_writer, rollout_reader,
                 client                                                          (its clients)

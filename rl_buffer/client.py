@@ -577,7 +577,7 @@ class Client:
                 return str(error)
             assert isinstance(reply, messages.Value)
             info = reply.value["tables"][table]
-            waits = "; ".join(info["waits"]) or "nobody waits there now"
+            waits = "; ".join((*info["waits"], *filter(None, [info["stuck"]]))) or "nobody waits there now"
             return f"{waits} ({info['size']} of {info['capacity']} items, {len(reply.value['clients'])} clients)"
 
         return explain

@@ -58,12 +58,25 @@ def find_again(process: Process) -> int | None:
     return pidfd
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal or a debugger has stopped it; False where that cannot be seen. 20 us."""
+    return _stat(pid)[:1] in (["T"], ["t"])
+
+
 def _started(pid: int) -> int:
     try:
-        # The name before it may hold anything but ends with the last parenthesis; the 22nd field of proc(5).
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
+        return int(_stat(pid)[19])
+    except (ValueError, IndexError):
         return 0
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of proc(5) from the third on; [] if they cannot be read."""
+    try:
+        # The name before them may hold anything but ends with the last parenthesis.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return []
 
 
 def _here() -> tuple[int, int]:

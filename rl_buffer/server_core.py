@@ -17,7 +17,7 @@ published (`resume_point`).
 
 import sys
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -49,6 +49,7 @@ from rl_buffer.sessions import (
 )
 from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import Sample, StatsConfig
+from rl_buffer.wait_facts import describe_waits
 
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
@@ -79,6 +80,7 @@ class ServerCore:
         self.parameters: dict[str, ParameterSlots] = {}
         self.sessions: dict[bytes, Session] = {}
         self.max_descriptors = sys.maxsize  # that the server's process may open for clients
+        self.is_stopped: Callable[[int], bool] = lambda pid: False  # whether that process is stopped by a signal
         self.known_writers: dict[bytes, WriterProgress] = {}  # by writer_id: without a channel, and may open another
         self.checkpoint: CheckpointRequest | None = None  # that a client waits for; for the loop to carry out
         self._now_s = 0.0
@@ -127,7 +129,7 @@ class ServerCore:
             or any(slots.is_held_by(token) for slots in self.parameters.values())
         )
 
-    def attached_again(self, token: bytes, pid: int) -> Outgoing:
+    def attached_again(self, token: bytes, pid: int, now_s: float = 0.0) -> Outgoing:
         """Process `pid`, whose session was `token`, attaches anew, and writes no more into what that session held.
 
         A session of another process, or of an earlier epoch that left nothing, is none of its.
@@ -138,7 +140,7 @@ class ServerCore:
         for channel in session.channels.values():
             if isinstance(channel, WriterChannel):
                 self._remember(channel)
-        return self.exited(token)
+        return self.exited(token, now_s)
 
     def resume_point(self, writer_id: bytes, acknowledged: int) -> WriterProgress:
         """How much is published of what a writer sent that knows it of the commits up to `acknowledged`."""
@@ -156,8 +158,9 @@ class ServerCore:
             del self.known_writers[forgotten]
             self._ledger.writer_left(forgotten, comes_back=False)
 
-    def exited(self, token: bytes) -> Outgoing:
+    def exited(self, token: bytes, now_s: float = 0.0) -> Outgoing:
         """The client is gone for certain, or left without a lease: free its rows, forget its pending commits."""
+        self._now_s = max(self._now_s, now_s)
         session = self.sessions.pop(token, None)
         if session is None:
             return []
@@ -254,7 +257,8 @@ class ServerCore:
         writer.sequence_received = commit.sequence
         writer.num_rows_pending += commit.num_rows
         writer.parameter_version = commit.parameter_version
-        writer.table.pending.append(PendingCommit(writer, commit))
+        session.last_action_s = self._now_s
+        writer.table.pending.append(PendingCommit(writer, commit, self._now_s))
         return self._advance(writer.table)
 
     def _credit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
@@ -272,6 +276,7 @@ class ServerCore:
             sampler.table.replay.update_priorities(credit.rows, credit.generations, credit.td_errors)
             reached("server.updated")
         sampler.num_credits += credit.num_credits
+        session.last_action_s = sampler.waiting_since_s = self._now_s
         sampler.table.num_overtaken += credit.num_overtaken
         return self._advance(sampler.table)
 
@@ -291,6 +296,7 @@ class ServerCore:
         reached("server.released")
         reader.rows.difference_update(rows.tolist())
         reader.num_credits += credit.num_credits
+        reader.session.last_action_s = reader.waiting_since_s = self._now_s
         return self._advance(reader.table)
 
     def _check_epoch(self, epoch: int) -> None:
@@ -299,13 +305,14 @@ class ServerCore:
 
     def info(self, now_s: float) -> dict[str, Any]:
         """Tables, clients and parameters in plain values; what `client.info()` returns."""
+        waits = describe_waits(self.tables.values(), self.sessions.values(), now_s, self.is_stopped)
         return {
             "epoch": f"{self.epoch:016x}",
             "num_messages": self.num_messages,
             "num_refused": self.num_refused,
             "num_undelivered": self.num_undelivered,
             "last_refusal": self.last_refusal,
-            "tables": {name: describe_table(table) for name, table in self.tables.items()},
+            "tables": {name: describe_table(table, waits[name]) for name, table in self.tables.items()},
             "parameters": {name: slots.version for name, slots in self.parameters.items()},
             "checkpoint": None if self.checkpoint is None else self.checkpoint.describe(now_s),
             "clients": [describe_session(session, now_s) for session in self.sessions.values()],
@@ -429,6 +436,7 @@ class ServerCore:
         else:
             state.commit(rows, td_errors)
         self._ledger.end()
+        writer.table.last_insert_s = self._now_s
 
     def _acknowledge(self, pending: PendingCommit, outgoing: Outgoing) -> None:
         writer, commit = pending.writer, pending.commit
@@ -447,6 +455,7 @@ class ServerCore:
     def _want(self, writer: WriterChannel, num_rows: int) -> None:
         if num_rows and not writer.num_wanted:
             writer.table.wanting.append(writer)
+            writer.waiting_since_s = self._now_s
         writer.num_wanted += num_rows
 
     def _take_rows(self, writer: WriterChannel, num_rows: int) -> Rows:
@@ -458,6 +467,7 @@ class ServerCore:
         writer.table.wanting.remove(writer)
         if writer.num_wanted:
             writer.table.wanting.append(writer)
+            writer.waiting_since_s = self._now_s
         reached("server.granted")
         return rows
 
@@ -482,6 +492,7 @@ class ServerCore:
         reached("server.drawn")
         sampler.num_credits -= 1
         sampler.num_samples += sampler.batch_size
+        sampler.waiting_since_s = table.last_sample_s = self._now_s
         table.samplers.remove(sampler)
         table.samplers.append(sampler)
         outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
@@ -505,6 +516,7 @@ class ServerCore:
         reached("server.leased")
         reader.num_credits -= len(rows)
         reader.num_samples += len(rows)
+        reader.waiting_since_s = table.last_sample_s = self._now_s
         table.readers.remove(reader)
         table.readers.append(reader)
         sample = Sample(rows, rollouts.generations[rows], np.zeros(len(rows)), 0.0, len(rollouts))

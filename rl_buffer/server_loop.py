@@ -30,7 +30,7 @@ from rl_buffer.errors import ConnectionRefused, InvalidInput, NotEnoughMemory, R
 from rl_buffer.failpoints import reached
 from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.parameter_slots import BOARD_LENGTH, NUM_SLOTS, ParameterSlots
-from rl_buffer.peers import identify, peer_process, readable
+from rl_buffer.peers import identify, is_stopped, peer_process, readable
 from rl_buffer.server_core import MAX_NAME_LENGTH, Outgoing
 from rl_buffer.sessions import WriterProgress
 from rl_buffer.spec import Field, RowLayout
@@ -95,6 +95,7 @@ class ServerLoop:
             self._strangers: dict[_Connection, None] = {}  # that have not said hello, the first to come first
             self._bind()
             self._core.max_descriptors = descriptors.num_for_clients()
+            self._core.is_stopped = is_stopped
             reached("server.bound")
         except BaseException:
             if hasattr(self, "_memory"):
@@ -207,7 +208,7 @@ class ServerLoop:
             if not readable(fd, 0.0):
                 return
             self._forget(connection)
-            self._send(self._core.exited(connection.token))
+            self._send(self._core.exited(connection.token, time.monotonic()))
             return
         try:
             packet = connection.socket.recv(messages.MAX_ATTACH_NBYTES)
@@ -226,7 +227,7 @@ class ServerLoop:
             # One that closed its writers holds nothing to wait for: a process may connect and close for years.
             if not self._core.has_leases(connection.token):
                 self._forget(connection)
-                self._send(self._core.exited(connection.token))
+                self._send(self._core.exited(connection.token, time.monotonic()))
 
     def _accept(self) -> None:
         try:
@@ -346,7 +347,7 @@ class ServerLoop:
         previous = next((c for c in self._connections.values() if c.token == token != b"" and c.pid == pid), None)
         if previous is not None:
             self._forget(previous)
-        self._send(self._core.attached_again(token, pid))
+        self._send(self._core.attached_again(token, pid, time.monotonic()))
 
     def _parameter_memory(
         self, request: messages.GetParameters | messages.CreateParameters, fds: list[int]

@@ -34,6 +34,10 @@ class Session:
     client: int = 0  # its number in the ledger
     is_guest: bool = False  # runs as another user than the server
     channels: "dict[bytes, WriterChannel | SamplerChannel | ReaderChannel]" = field(default_factory=dict)
+    last_action_s: float = field(init=False)  # its last commit or credit; at first when it attached
+
+    def __post_init__(self) -> None:
+        self.last_action_s = self.attached_at_s
 
 
 @dataclass(slots=True, eq=False)
@@ -56,6 +60,7 @@ class WriterChannel:
     parameter_version: int = 0
     closing: bool = False
     number: int = -1  # in the ledger
+    waiting_since_s: float = 0.0  # while num_wanted > 0: since it asked, or last got some
 
     @property
     def has_pending(self) -> bool:
@@ -88,6 +93,8 @@ class SamplerChannel:
     batch_size: int
     num_credits: int = 0
     num_samples: int = 0
+    rows: tuple[int, ...] = ()  # it holds none
+    waiting_since_s: float = 0.0  # while num_credits > 0: since its last credit or batch
 
     @property
     def num_spares(self) -> int:
@@ -105,6 +112,7 @@ class ReaderChannel:
     num_credits: int = 0
     rows: set[int] = field(default_factory=set)
     num_samples: int = 0  # fragments
+    waiting_since_s: float = 0.0  # while num_credits > 0: since its last credit or fragment
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +121,7 @@ class PendingCommit:
 
     writer: WriterChannel
     commit: Commit
+    since_s: float = 0.0
     num_published: int = 0
 
 
@@ -127,6 +136,8 @@ class ServedTable:
         self.samplers: deque[SamplerChannel] = deque()  # the one whose last batch is longest ago comes first
         self.readers: deque[ReaderChannel] = deque()  # likewise
         self.num_overtaken = 0
+        self.last_insert_s: float | None = None
+        self.last_sample_s: float | None = None
 
     def next_grant(self) -> "tuple[WriterChannel, int] | None":
         """Who gets rows now, and how many; None while there are too few.

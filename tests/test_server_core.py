@@ -314,7 +314,9 @@ def test_writers_wait_for_rows_and_are_served_first_come_first_served():
     assert len(a.open_writer(num_wanted=4)) == 1
     assert len(b.open_writer(num_wanted=4)) == 1  # headroom 8 is out
     assert c.open_writer(num_wanted=3) == []
-    assert core.info(0.0)["tables"]["replay"]["waits"] == ["client-2: waits for rows, 8 of 8 are reserved by writers"]
+    assert core.info(0.0)["tables"]["replay"]["waits"] == [
+        "client-2: waits for rows, 8 of 8 are reserved by writers, for 0.0 s now"
+    ]
     events = a.commit(num_rows=2)
     assert [(r, grant.acknowledged, len(grant.rows)) for r, grant in events] == [(a.id(1), 1, 0), (c.id(1), 0, 2)]
     events = b.commit(num_rows=2)
@@ -374,7 +376,9 @@ def test_a_credit_waits_until_the_minimum_size_is_there():
     client.open_writer(channel=1)
     client.open_sampler(channel=2, batch_size=2)
     assert client.credit(channel=2, num_credits=2) == []
-    assert core.info(0.0)["tables"]["replay"]["waits"] == ["client-0: sampling waits: 0 of 3 items"]
+    assert core.info(41.0)["tables"]["replay"]["waits"] == [
+        "client-0: sampling waits: 0 of 3 items, 1 writer connected, no insert yet, for 41 s now"
+    ]
     assert batches(client.commit(num_rows=2)) == []
     assert batches(client.commit(num_rows=1)) == [(client.id(2), 2)] * 2
     assert core.info(0.0)["tables"]["replay"]["waits"] == []
@@ -736,3 +740,77 @@ def test_one_client_publishes_parameters_at_a_time_and_its_death_lets_the_next()
     core.exited(token(0))
     assert isinstance(second.ask(reserve)[0], messages.Slot)
     assert second.ask(messages.PublishParameters("policy", slot.slot))[0].version == 1
+
+
+# ---- who waits for whom --------------------------------------------------------------------------------------------
+
+
+def tables_of(core, now_s=0.0):
+    return core.info(now_s)["tables"]
+
+
+def test_a_learner_without_any_writer_and_a_writer_without_any_learner_are_told_so_at_once():
+    core = make_core(replay=RATIO)
+    learner, actor = Client(core, 0), Client(core, 1)
+    learner.open_sampler()
+    learner.credit()
+    assert tables_of(core)["replay"]["stuck"] == (
+        "nobody can move: client-0 waits for inserts into 'replay', and no writer is connected"
+    )
+    actor.open_writer(num_wanted=8, max_commit_rows=8)
+    assert tables_of(core)["replay"]["stuck"] == ""
+    core.exited(token(0))
+    actor.commit(num_rows=8)
+    assert tables_of(core)["replay"]["stuck"] == (
+        "nobody can move: client-1 waits for samples from 'replay', and no sampler is connected"
+    )
+
+
+def test_a_learner_and_an_actor_that_wait_for_each_other_at_two_tables_are_named():
+    core = make_core(a=RATIO, b=RATIO)
+    learner, actor = Client(core, 0), Client(core, 1)
+    for channel, table in ((1, "a"), (2, "b")):
+        learner.open_sampler(channel, table)
+        actor.open_writer(channel, table, max_commit_rows=6, num_wanted=6)
+    learner.credit(1)
+    actor.commit(2, num_rows=6)  # the fifth and sixth wait for samples of b, and the actor for them
+    assert tables_of(core, 0.5)["a"]["stuck"] == "", "it may still do something else"
+    tables = tables_of(core, 7.0)
+    assert tables["a"]["stuck"] == (
+        "nobody can move: client-0 waits for inserts into 'a', but client-1 waits for samples from 'b'"
+    )
+    assert tables["b"]["stuck"] == (
+        "nobody can move: client-1 waits for samples from 'b', but client-0 waits for inserts into 'a'"
+    )
+    learner.credit(2, num_credits=2)
+    assert [table["stuck"] for table in tables_of(core, 9.0).values()] == ["", ""]
+
+
+def test_rows_that_stopped_and_quarantined_clients_hold_are_named_with_their_holders():
+    core = make_core(replay={"headroom": 8})
+    clients = [Client(core, number) for number in range(3)]
+    clients[0].open_writer(max_commit_rows=4, num_wanted=4)
+    clients[1].open_writer(max_commit_rows=4, num_wanted=4)
+    clients[2].open_writer(max_commit_rows=4, num_wanted=4)
+    assert tables_of(core)["replay"]["stuck"] == ""
+    core.disconnected(token(0))
+    core.is_stopped = lambda pid: pid == 1001
+    assert tables_of(core)["replay"]["stuck"] == (
+        "nobody can move: client-2 waits for rows of 'replay', but client-0 closed its connection and holds rows as "
+        "long as its process lives, client-1 is stopped (SIGCONT lets it go on)"
+    )
+
+
+def test_the_limiter_and_its_cursor_are_described():
+    core = make_core(replay=RATIO)
+    client = Client(core)
+    client.open_writer()
+    client.commit(num_rows=2)
+    assert tables_of(core)["replay"]["limiter"] == {
+        "kind": "SampleToInsertRatio",
+        "parameters": {"samples_per_insert": 1.0, "min_size_to_sample": 2, "error_buffer": (0.0, 4.0)},
+        "cursor": 2.0,
+        "min_diff": 0.0,
+        "max_diff": 4.0,
+        "min_size": 2,
+    }
