@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from rl_buffer import frames, messages
 from rl_buffer.address import Address
@@ -22,6 +22,7 @@ from rl_buffer.episode_ends import autoreset_mode, num_envs_of, stated_autoreset
 from rl_buffer.errors import DeadlineExceeded, InvalidInput, RequestRefused, RLBufferError
 from rl_buffer.failpoints import reached
 from rl_buffer.parameters import ParameterSet, as_arrays
+from rl_buffer.rate_limiters import LimiterConfig
 from rl_buffer.spec import Field, TransitionSpec
 from rl_buffer.tables import CheckpointReport, ReplayTable, RolloutTable
 from rl_buffer.writer import ReplayWriter
@@ -449,6 +450,25 @@ class Client:
     def clear(self, table: str) -> None:
         """Forget all transitions of a table. Limiter counts and what writers hold uncommitted stay."""
         self._call(messages.Clear(table))
+
+    def set_rate_limiter(self, table: str, limiter: LimiterConfig) -> None:
+        """Let a table work by another rate limiter from now on; who waited and may go on by it does so at once.
+
+        The cursor begins anew, as if the table had just been filled: at min(size, min_size_to_sample) *
+        samples_per_insert. `info()["tables"][table]["limiter"]` shows it. The limiter is kept in a directory and in
+        checkpoints; a server that has neither begins with that of its `ReplayTable`.
+
+        Raises:
+            InvalidInput: this is no rate limiter, or the table holds rollouts.
+            RequestRefused: somebody could wait for ever: with the table's capacity, or with the batch size of a
+                sampler that is open. Nothing has changed.
+        """
+        self._replay_table(table)
+        kinds = get_args(LimiterConfig)
+        if type(limiter) not in kinds:
+            expected = " or ".join(f"{kind.__name__}(...)" for kind in kinds)
+            raise InvalidInput(f"a rate limiter is {expected}, got {limiter!r}")
+        self._call(messages.SetRateLimiter(table, limiter))
 
     def checkpoint(self, path: str | os.PathLike[str], timeout_s: float = 600.0) -> CheckpointReport:
         """Write all that the server holds at one moment to one file, while everybody goes on.

@@ -13,7 +13,8 @@ page cache outlives it. That is all that is relied on: nothing is synchronised, 
                                       free. rollouts: finished, with the number n - 1
       masses [num_rows]         prioritized: the very leaves of the sum tree
       versions, readers [.]     rollouts: of each finished fragment, the parameter version and the client that reads it
-      counts                    published, cleared, samples, drops
+      counts                    published, cleared, samples, drops, and which of two
+      limiters                    describes the limiter, if it is another than the table's configuration has
     of the server
       clients                   who c is: process and token
       writers, progress         writer_id, and how much of what it sent is published
@@ -24,7 +25,8 @@ Order and eviction need no records: committed are the rows with the `capacity` l
 of a commit that evicts. A clear is one store as well, of `cleared`.
 
 1. What is one word is stored in place, before a message tells of it: reservations and releases (a word a row), the
-   number of samples, priorities (a word a row: an update that a kill cuts short has reached some rows).
+   number of samples, priorities (a word a row: an update that a kill cuts short has reached some rows). Another limiter
+   is written where the one in use is not, and then one word says that it is in use.
 2. What must change together goes through the journal. A commit is rows, the writer's progress and episodes: all of that
    is written there, then armed by one store. At that moment the commit happens. Only then it is carried out in place,
    and the journal disarmed. If a kill comes between, the next server carries it out again by the same code; every store
@@ -43,6 +45,7 @@ from numpy.typing import NDArray
 
 from rl_buffer.allocator import Rows
 from rl_buffer.peers import Process
+from rl_buffer.rate_limiters import RateLimiter
 from rl_buffer.sessions import WriterProgress
 from rl_buffer.stats_tracker import Episode, StatsTracker
 
@@ -112,6 +115,9 @@ class Ledger:
 
     def cleared(self, table: str) -> None:
         """All that is committed or finished is forgotten. To be called before the table's `clear`."""
+
+    def limited(self, table: str, limiter: RateLimiter) -> None:
+        """The table works by these rules from now on, not those of its configuration."""
 
     def sampled(self, table: str, num_samples: int) -> None:
         """So many samples were granted in all, the last ones not sent yet."""

@@ -5,7 +5,7 @@ import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import msgspec
 import numpy as np
@@ -16,6 +16,7 @@ from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.ledger import NO_PROGRESS, Ledger
 from rl_buffer.peers import Process
+from rl_buffer.rate_limiters import LimiterConfig, MinSize, RateLimiter, SampleToInsertRatio
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.samplers import Prioritized
@@ -44,7 +45,10 @@ _ALIGNMENT_NBYTES = 64  # the sum tree is faster if its leaves start with a cach
     _JOURNAL_LENGTH,
 ) = range(12)
 # Counts of a table.
-PUBLISHED, CLEARED, NUM_SAMPLES, NUM_DROPPED, _NUM_COUNTS = range(5)
+PUBLISHED, CLEARED, NUM_SAMPLES, NUM_DROPPED, _LIMITER, _NUM_COUNTS = range(6)
+# A limiter: kind, minimum size or capacity, whether a pair, ratio and bounds as floats, first insert, first sample.
+_LIMITER_KINDS = get_args(LimiterConfig)
+_LIMITER_LENGTH = 8
 # A client: in use, the process, its token (two words). A writer: in use, its id (two words).
 _IN_USE, _PROCESS, _TOKEN, _CLIENT_LENGTH = 0, slice(1, 5), slice(5, 7), 7
 _WRITER_ID, _WRITER_LENGTH = slice(1, 3), 3
@@ -63,6 +67,7 @@ class TableRecord:
     config: ReplayTable | RolloutTable
     number: int
     counts: Words
+    limiters: NDArray[np.int64]
     claims: NDArray[np.int64]
     masses: NDArray[np.float64]
     versions: NDArray[np.int64]
@@ -90,7 +95,10 @@ class MappedLedger(Ledger):
                 config,
                 number,
                 _words(arrays[f"{name}/counts"]),
-                *(arrays.get(f"{name}/{part}", nothing) for part in ("claims", "masses", "versions", "readers")),
+                *(
+                    arrays.get(f"{name}/{part}", nothing)
+                    for part in ("limiters", "claims", "masses", "versions", "readers")
+                ),
             )
             for number, (name, config) in enumerate(sorted(tables.items()))
         }
@@ -195,6 +203,21 @@ class MappedLedger(Ledger):
     def sampled(self, table: str, num_samples: int) -> None:
         """See `Ledger.sampled`."""
         self.tables[table].counts[NUM_SAMPLES] = num_samples
+
+    def limited(self, table: str, limiter: RateLimiter) -> None:
+        """See `Ledger.limited`."""
+        record = self.tables[table]
+        place = 1 - record.counts[_LIMITER] % 2  # not the one in use
+        record.limiters[place] = _limiter_words(limiter)
+        reached("server.noted")
+        record.counts[_LIMITER] = 2 - place
+
+    def limiter(self, table: str) -> dict[str, Any] | None:
+        """The rules that a table works by, as in `RateLimiter.state`; None: those of its configuration."""
+        record = self.tables[table]
+        if not record.counts[_LIMITER]:
+            return None
+        return _limiter_of(record.limiters[record.counts[_LIMITER] % 2])
 
     def leased(self, table: str, rows: Rows, client: int, num_samples: int) -> None:
         """See `Ledger.leased`."""
@@ -321,11 +344,14 @@ class MappedLedger(Ledger):
                 state.copied(len(record.claims))  # nobody copies it
                 for row, (number, version) in zip(np.concatenate(cut.rows), cut.values["fragments"], strict=True):
                     record.claims[row], record.versions[row] = number + 1, version
-                counts = (state.num_commits, 0, state.num_handed_out, state.num_dropped)
+                counts = (state.num_commits, 0, state.num_handed_out, state.num_dropped, 0)
             else:
                 published, committed = state.limiter.num_inserts, state.allocator.committed()
                 record.claims[committed] = np.arange(published - len(committed), published) + 1
-                counts = (published, published - len(committed), state.limiter.num_samples, 0)
+                counts = (published, published - len(committed), state.limiter.num_samples, 0, 0)
+                if state.limiter.state()["limiter"] is not None:
+                    self.limited(name, state.limiter)
+                    counts = (*counts[:_LIMITER], record.counts[_LIMITER])
             record.counts[:] = array("q", counts)
         episodes = msgspec.convert(stats.state()["episodes"], list[Episode])
         if episodes:
@@ -367,8 +393,10 @@ def ledger_fields(tables: Tables, stats: StatsConfig) -> dict[str, Field]:
         }
         if isinstance(table, RolloutTable):
             fields |= {f"{name}/{part}": Field((table.num_rows,), "int64") for part in ("versions", "readers")}
-        elif isinstance(table.sampler, Prioritized):
-            fields[f"{name}/masses"] = Field((table.num_rows,), "float64")
+        else:
+            fields[f"{name}/limiters"] = Field((2, _LIMITER_LENGTH), "int64")
+            if isinstance(table.sampler, Prioritized):
+                fields[f"{name}/masses"] = Field((table.num_rows,), "float64")
     return fields
 
 
@@ -384,6 +412,31 @@ def ledger_arrays(fields: Mapping[str, Field], buffer: Any) -> dict[str, NDArray
         arrays[name] = np.ndarray(field.shape, field.dtype, buffer, offset)
         offset += _aligned(field.nbytes)
     return arrays
+
+
+def _limiter_words(limiter: RateLimiter) -> NDArray[np.int64]:
+    """A limiter in words; floats by their bits."""
+    config = limiter.config
+    number, floats, is_pair = config.min_size_to_sample, (0.0, 0.0, 0.0), False
+    if isinstance(config, SampleToInsertRatio):
+        is_pair = isinstance(config.error_buffer, tuple)
+        pair = config.error_buffer if isinstance(config.error_buffer, tuple) else (config.error_buffer, 0.0)
+        floats = (config.samples_per_insert, *pair)
+    elif not isinstance(config, MinSize):
+        number = config.capacity
+    words = np.empty(_LIMITER_LENGTH, np.int64)
+    words[:3] = _LIMITER_KINDS.index(type(config)), number, is_pair
+    words[3:6] = np.array(floats).view(np.int64)
+    words[6:] = limiter.first_insert, limiter.first_sample
+    return words
+
+
+def _limiter_of(words: NDArray[np.int64]) -> dict[str, Any]:
+    kind, number, is_pair, *_ = words.tolist()
+    ratio, *error_buffer = np.array(words[3:6]).view(np.float64).tolist()
+    values = {SampleToInsertRatio: (ratio, number, error_buffer if is_pair else error_buffer[0])}
+    config = _LIMITER_KINDS[kind](*values.get(_LIMITER_KINDS[kind], (number,)))
+    return {"config": msgspec.to_builtins(config), "first_insert": int(words[6]), "first_sample": int(words[7])}
 
 
 def _words(array: NDArray[Any]) -> Words:

@@ -13,10 +13,11 @@ from typing import Any
 import msgspec
 
 from rl_buffer.frames import CONTROL, decode_msgpack
+from rl_buffer.rate_limiters import LimiterConfig
 from rl_buffer.spec import Field
 from rl_buffer.tables import CheckpointReport, ReplayTable, RolloutTable, StatsConfig
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_ATTACH_NBYTES = 1 << 17  # one SEQPACKET message; a network of 1,000 tensors needs about 50 KB
 
 # ---- control requests and replies ------------------------------------------------------------------------
@@ -81,6 +82,13 @@ class Clear(_Request, frozen=True):
     table: str
 
 
+class SetRateLimiter(_Request, frozen=True):
+    """Let `table` work by another rate limiter from now on."""
+
+    table: str
+    limiter: LimiterConfig
+
+
 class GetSize(_Request, frozen=True):
     """How many items does `table` hold? The reply is Value."""
 
@@ -109,6 +117,7 @@ Request = (
     | ReserveParameters
     | PublishParameters
     | Clear
+    | SetRateLimiter
     | GetSize
     | GetInfo
     | GetStats

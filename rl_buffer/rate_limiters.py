@@ -168,6 +168,7 @@ class RateLimiter:
         self.num_inserts = 0
         self.num_samples = 0
         self.num_deletes = 0
+        self._first_config = config
         self._configure(config, 0, 0)
 
     def _configure(self, config: LimiterConfig, first_insert: int, first_sample: int) -> None:
@@ -188,16 +189,33 @@ class RateLimiter:
         num_counted = self.size if isinstance(config, _Once) else min(self.size, config.min_size_to_sample)
         self._configure(config, self.num_inserts - num_counted, self.num_samples)
 
-    def restore(
-        self,
-        counts: Mapping[str, int],
-        changed: tuple[LimiterConfig, int, int] | None = None,
-    ) -> None:
-        """Take over the counters, and what `set` did: the other limiter, `first_insert` and `first_sample`."""
+    def state(self) -> dict[str, Any]:
+        """All of it, as JSON has it, apart from rules that are still those it was made with."""
+        changed = None
+        if self.config is not self._first_config:
+            changed = {
+                "config": msgspec.to_builtins(self.config),
+                "first_insert": self.first_insert,
+                "first_sample": self.first_sample,
+            }
+        return {"counts": {name: getattr(self, name) for name in COUNTS}, "limiter": changed}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state` returned; the rules may be missing.
+
+        Raises:
+            InvalidInput: the rules are none. Nothing changes.
+        """
+        counts = {name: int(state["counts"][name]) for name in COUNTS}
+        changed = state.get("limiter")
+        if changed is not None:
+            try:
+                config = msgspec.convert(changed["config"], LimiterConfig)
+            except msgspec.MsgspecError as error:
+                raise InvalidInput(f"{changed} is no rate limiter: {error}") from error
+            self._configure(config, int(changed["first_insert"]), int(changed["first_sample"]))
         for name in COUNTS:
             setattr(self, name, counts[name])
-        if changed is not None:
-            self._configure(*changed)
         if isinstance(self.config, _Once):
             self.first_insert = self.num_inserts - self.size - (self.num_samples - self.first_sample)
 

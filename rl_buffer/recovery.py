@@ -66,7 +66,8 @@ def _resumed_replay(
     counts = {"num_inserts": published, "num_samples": num_samples, "num_deletes": published - len(committed)}
     seed = (config.seed, ledger.incarnation) if config.seed is not None and ledger.incarnation else config.seed
     rng = np.random.default_rng(seed).bit_generator.state
-    state.restore(arrays, {"counts": counts, "num_stale_updates": 0, "rng": rng})
+    limiter = ledger.limiter(name)
+    state.restore(arrays, {"counts": counts, "limiter": limiter, "num_stale_updates": 0, "rng": rng})
     if interrupted is not None:
         state.commit_priorities_again(*interrupted)
     state.reserve(len(held))  # the first free ones

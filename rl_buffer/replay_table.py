@@ -133,7 +133,7 @@ class ReplayTableState:
         """Forget all committed transitions; reservations and the limiter's inserts and samples stay."""
         evicted = self.allocator.clear()
         self._retire(evicted)
-        self.limiter.deleted(len(evicted))
+        self.limiter.cleared(len(evicted))
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays and JSON values from which `restore` goes on: contents' places, priorities, counters, random state.
@@ -167,8 +167,8 @@ class ReplayTableState:
         return self.allocator.num_held
 
     def _values(self) -> dict[str, Any]:
-        counts = {name: getattr(self.limiter, name) for name in ("num_inserts", "num_samples", "num_deletes")}
-        return {"counts": counts, "num_stale_updates": self.num_stale_updates, "rng": self._rng.bit_generator.state}
+        rest = {"num_stale_updates": self.num_stale_updates, "rng": self._rng.bit_generator.state}
+        return self.limiter.state() | rest
 
     def restore(self, arrays: Mapping[str, NDArray[Any]], values: Mapping[str, Any]) -> None:
         """Take over what `state` returned, for a table of the same size and sampler.
@@ -183,14 +183,14 @@ class ReplayTableState:
         allocator.restore(arrays["free"], committed)
         rng = np.random.default_rng()
         rng.bit_generator.state = values["rng"]
-        counts = {name: int(count) for name, count in values["counts"].items()}
         num_stale_updates = int(values["num_stale_updates"])
-        if counts["num_inserts"] - counts["num_deletes"] != len(committed):
-            raise InvalidInput(f"{counts} are not the counts of {len(committed)} transitions")
+        limiter = RateLimiter(self.config.rate_limiter)
+        limiter.restore(values)
+        if limiter.size != len(committed):
+            raise InvalidInput(f"{values['counts']} are not the counts of {len(committed)} transitions")
         self._sampler.restore(arrays["sampler"], committed)  # the last one that can refuse
         self.allocator, self._rng, self.num_stale_updates = allocator, rng, num_stale_updates
-        for name in ("num_inserts", "num_samples", "num_deletes"):
-            setattr(self.limiter, name, counts[name])
+        self.limiter = limiter
         # Rows that were reserved when the state was taken had an even generation: free ones have too.
         self.generations[:] = generations
 

@@ -34,6 +34,7 @@ from rl_buffer.ledger import Ledger
 from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.parameter_slots import ParameterSlots
 from rl_buffer.peers import UNKNOWN_PROCESS, Process
+from rl_buffer.rate_limiters import LimiterConfig, check_sample_possible
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_info import describe_session, describe_table
@@ -584,6 +585,11 @@ class ServerCore:
                 table.state.clear()
                 outgoing.extend(self._advance(table))
                 return messages.Opened()
+            case messages.SetRateLimiter(table=name, limiter=limiter):
+                table = self._table(name)
+                self._set_limiter(table, limiter)
+                outgoing.extend(self._advance(table))
+                return messages.Opened()
             case messages.GetSize(table=name):
                 return messages.Value(len(self._table(name).state))
             case messages.GetInfo():
@@ -592,6 +598,19 @@ class ServerCore:
                 return messages.Value(self.stats.get_statistics())
             case messages.Checkpoint():
                 raise AssertionError("it is answered later")
+
+    def _set_limiter(self, table: ServedTable, limiter: LimiterConfig) -> None:
+        state = table.replay
+        state.config.check_limiter(limiter)
+        for sampler in table.samplers:
+            try:
+                check_sample_possible(limiter, sampler.batch_size)
+            except InvalidInput as error:
+                raise InvalidInput(f"{sampler.session.name} samples table {table.name!r} now: {error}") from error
+        # Commits need no look: of a chunk of any size each item passes as soon as it may.
+        state.limiter.set(limiter)
+        self._ledger.limited(table.name, state.limiter)
+        reached("server.limited")
 
     def _open_writer(self, session: Session, request: messages.OpenWriter, outgoing: Outgoing) -> messages.Opened:
         table, channel_id = self._table(request.table), self._new_channel(session, request.channel)

@@ -21,7 +21,7 @@ from rl_buffer.storage import OwnedSegment, Progress, check_memory
 from rl_buffer.tables import ReplayTable, RolloutTable
 
 _INT64_NBYTES = 8
-_DIRECTORY_FORMAT = 1
+_DIRECTORY_FORMAT = 2
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.errors import InvalidInput
-from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
+from rl_buffer.rate_limiters import LimiterConfig, MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
 from rl_buffer.spec import Field, RowLayout, TransitionSpec
 
@@ -91,18 +91,25 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
             _require_range("ReplayTable", name, getattr(self, name), low, high, of)
         if self.spec.recurrent_state is not None and self.sequence_length is None:
             raise InvalidInput("the spec has a recurrent_state, which only sequences keep; give sequence_length too")
-        min_size = self.rate_limiter.min_size_to_sample
-        if min_size > self.capacity:
-            raise InvalidInput(
-                f"the rate limiter waits for {min_size} transitions, but capacity is {self.capacity}: "
-                "sampling could never start"
-            )
+        self.check_limiter(self.rate_limiter)
         if self.headroom is None:
             fitting = max(1, _DEFAULT_HEADROOM_MIN_NBYTES // self.layout.stride_nbytes)
             least = min(fitting, _DEFAULT_HEADROOM_MAX_MIN_ROWS)
             msgspec.structs.force_setattr(self, "headroom", max(self.capacity // _DEFAULT_HEADROOM_SHARE, least))
         elif not 1 <= self.headroom <= _MAX_ROWS:
             raise InvalidInput(f"ReplayTable headroom must be in [1, {_MAX_ROWS}] rows or None, got {self.headroom!r}")
+
+    def check_limiter(self, limiter: LimiterConfig) -> None:
+        """Refuse a rate limiter under which somebody would wait for ever.
+
+        Raises:
+            InvalidInput: it does.
+        """
+        if limiter.min_size_to_sample > self.capacity:
+            raise InvalidInput(
+                f"the rate limiter waits for {limiter.min_size_to_sample} transitions, but capacity is "
+                f"{self.capacity}: sampling could never start"
+            )
 
     @property
     def layout(self) -> RowLayout:

@@ -19,9 +19,10 @@ from ledger_driver import (
     patch_stores,
 )
 
-from rl_buffer import mapped_ledger
+from rl_buffer import mapped_ledger, messages
 from rl_buffer.errors import InvalidInput, RLBufferError
 from rl_buffer.mapped_ledger import CLEARED, PUBLISHED, MappedLedger, ledger_arrays, ledger_fields, ledger_nbytes
+from rl_buffer.messages import Envelope
 from rl_buffer.peers import UNKNOWN_PROCESS
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.recovery import resume, resumed_table
@@ -320,3 +321,46 @@ def test_a_writer_that_may_come_back_goes_on_where_it_was_after_two_restarts():
     for _ in range(2):
         core, arrays = replay_only(arrays)
         assert core.resume_point(b"w" * 16, 0) == (3, 1)
+
+
+LIMITERS = [
+    SampleToInsertRatio(0.3, 3, 2.5),
+    SampleToInsertRatio(1.0, 2, (-5.5, 2.0)),
+    MinSize(4),
+    SampleToInsertRatio(7.0, 5, (0.0, 1e9)),
+]
+
+
+def test_a_kill_at_any_store_leaves_the_limiter_that_was_set_or_the_one_before(fuse):
+    world = World(fuse, MinSize(1), PRIORITIZED, {})
+    for limiter in LIMITERS:
+        for kill_at in range(12):
+            fuse.last = None
+            core = world.start()
+            before = core.tables["replay"].state.limiter.config
+            fuse.last = fuse.num_stores + kill_at
+            message = messages.encode_control(Envelope(1, EPOCH, messages.SetRateLimiter("replay", limiter)))
+            try:
+                core.attach(b"client of limits", "", 1, 0.0)
+                core.handle(b"client of limits" + bytes(4), message, 0.0)
+            except Killed:
+                expected = before, limiter
+            else:
+                expected = (limiter,)
+            fuse.last = None
+            after = world.start().tables["replay"].state.limiter
+            assert after.config in expected
+        assert after.config == limiter, "it was never set"
+
+
+def test_a_restarted_limiter_counts_on_from_where_it_was_set():
+    core, arrays = replay_only()
+    state = fill(core, 4)
+    state.limiter.sampled(100)
+    core._ledger.sampled("replay", 100)
+    state.limiter.set(SampleToInsertRatio(2.0, 3, 20.0))
+    core._ledger.limited("replay", state.limiter)
+    fill(core, 2)
+    again = replay_only(arrays, generations=state.generations)[0].tables["replay"].state.limiter
+    assert again.cursor == state.limiter.cursor == 10.0  # (3 + 2) * 2
+    assert again.state() == state.limiter.state()

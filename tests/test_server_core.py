@@ -1,5 +1,7 @@
 """The server's decisions one by one: what is refused, who waits, who goes on."""
 
+import re
+
 import numpy as np
 import pytest
 from core_driver import (
@@ -814,3 +816,56 @@ def test_the_limiter_and_its_cursor_are_described():
         "max_diff": 4.0,
         "min_size": 2,
     }
+
+
+# ---- another limiter -----------------------------------------------------------------------------------------------
+
+
+def set_limiter(client, limiter, table="replay"):
+    return client.ask(messages.SetRateLimiter(table, limiter))
+
+
+def test_another_limiter_lets_go_on_who_waited_and_counts_from_then_on():
+    core = make_core(replay={"rate_limiter": MinSize(8)})
+    client = Client(core)
+    client.open_writer(channel=1, max_commit_rows=4, num_wanted=8)
+    client.open_sampler(channel=2, batch_size=2)
+    client.commit(channel=1, num_rows=4)
+    assert client.credit(channel=2, num_credits=9) == []
+    reply, events = set_limiter(client, SampleToInsertRatio(1.0, 2, (-3.0, 3.0)))
+    assert reply == messages.Opened()
+    assert batches(events) == [(client.id(2), 2)] * 2  # cursor 2, 0, -2
+    limiter = core.tables["replay"].state.limiter
+    assert (limiter.cursor, limiter.num_inserts, limiter.num_samples, limiter.size) == (-2.0, 4, 4, 4)
+    assert batches(client.commit(channel=1, num_rows=4)) == [(client.id(2), 2)] * 2  # cursor 2, 0, -2
+    _, events = set_limiter(client, MinSize(1))
+    assert batches(events) == [(client.id(2), 2)] * 5
+
+
+@pytest.mark.parametrize(
+    ("limiter", "message"),
+    [
+        (MinSize(9), "waits for 9 transitions, but capacity is 8"),
+        (
+            SampleToInsertRatio(1.0, 2, 2.0),
+            r"client-0 samples table 'replay' now: a batch of 4 draws could wait for ever: 4 \+ samples_per_insert 1.0 "
+            r"> 4.0 = .*; sample at most 3 or widen error_buffer",
+        ),
+    ],
+)
+def test_a_limiter_by_which_somebody_could_wait_for_ever_is_refused_whole(limiter, message):
+    core = make_core()
+    client = Client(core)
+    client.open_sampler(channel=2, batch_size=4)
+    client.credit(channel=2)
+    before = snapshot(core)
+    reply, events = set_limiter(client, limiter)
+    assert isinstance(reply, messages.Refused)
+    assert re.search(message, reply.reason)
+    assert (snapshot(core), events) == (before, [])
+
+
+def test_a_rollout_table_has_no_limiter_to_set():
+    client = Client(make_core(rollout=rollout_table()))
+    reply, _ = set_limiter(client, MinSize(1), "rollout")
+    assert "holds rollouts" in reply.reason

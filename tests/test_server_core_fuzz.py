@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from rl_buffer import frames, messages
 from rl_buffer.frames import Commit, Credit
 from rl_buffer.messages import Envelope
+from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
 from rl_buffer.stats_tracker import Episode
 
@@ -89,6 +90,8 @@ VALID = [
             messages.ReserveParameters("policy"),
             messages.Clear("replay"),
             messages.Clear("rollout"),
+            messages.SetRateLimiter("replay", SampleToInsertRatio(2.0, 2, 8.0)),
+            messages.SetRateLimiter("other", MinSize(3)),
             messages.GetSize("other"),
             messages.GetInfo(),
             messages.GetStats(),
