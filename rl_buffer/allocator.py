@@ -152,6 +152,10 @@ class RowAllocator:
         """All committed rows, oldest first. O(num_committed)."""
         return self._committed.peek(self.num_committed)
 
+    def committed_views(self) -> list[Rows]:
+        """The same as two views, which the next commit may overwrite. O(1)."""
+        return self._committed.views()
+
     def free(self) -> Rows:
         """All free rows, the longest free first. O(num_free)."""
         return self._free.peek(self._free.length)

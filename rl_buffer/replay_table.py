@@ -153,6 +153,10 @@ class ReplayTableState:
         }
         return arrays, self._values()
 
+    def contents(self) -> tuple[list[Rows], NDArray[np.float64] | None]:
+        """Views of the committed rows, oldest first, and of every row's mass if they differ. O(1)."""
+        return self.allocator.committed_views(), self._sampler.masses
+
     def freeze(self) -> TableCut:
         """Take everything as it is for a checkpoint; rows stay as they are until they are `copied`. O(1)."""
         return TableCut(self.allocator.freeze(), self._sampler.masses, self._values())

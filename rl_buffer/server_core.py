@@ -27,6 +27,7 @@ from rl_buffer.allocator import Rows
 from rl_buffer.checkpoint import Cut, ParameterMemory, take_cut
 from rl_buffer.checkpoint_request import CheckpointRequest
 from rl_buffer.descriptors import PER_CHANNEL, PER_CLIENT, PER_PARAMETER_SET
+from rl_buffer.diagnostics import RateWindow
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.frames import Batch, Grant
@@ -37,7 +38,7 @@ from rl_buffer.peers import UNKNOWN_PROCESS, Process
 from rl_buffer.rate_limiters import LimiterConfig, check_sample_possible
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
-from rl_buffer.server_info import describe_session, describe_table
+from rl_buffer.server_info import counters, describe_session, describe_table
 from rl_buffer.sessions import (
     NO_ROWS,
     PendingCommit,
@@ -57,6 +58,7 @@ MAX_CHANNELS_PER_SESSION = 256
 MAX_CREDITS = 64
 MAX_KNOWN_WRITERS = 1 << 16  # that may come back; the one that is longest gone is forgotten first
 WRITER_ID_NBYTES = 16
+_POLICY = "policy"  # the parameters whose version replay writers report
 MAX_NAME_LENGTH = 100  # of a client, repeated in every `info`
 MAX_REASON_LENGTH = 1000  # a refusal may quote what a client sent, and `info` repeats the last one to everybody
 
@@ -85,6 +87,7 @@ class ServerCore:
         self.known_writers: dict[bytes, WriterProgress] = {}  # by writer_id: without a channel, and may open another
         self.checkpoint: CheckpointRequest | None = None  # that a client waits for; for the loop to carry out
         self._now_s = 0.0
+        self._rates = RateWindow()
         self.num_messages = 0
         self.num_refused = 0
         self.num_undelivered = 0  # messages to clients that did not read
@@ -213,11 +216,14 @@ class ServerCore:
         """Act on one frame, or refuse it whole; never raises for what a client sent."""
         self.num_messages += 1
         self._now_s = now_s
+        if now_s >= self._rates.next_note_s:
+            self._rates.note(now_s, counters(self.tables.values(), self.sessions.values()))
         kind = frames.kind_of(frame)
         try:
             session = self.sessions.get(channel_id[: frames.TOKEN_NBYTES])
             if session is None or len(channel_id) != frames.CHANNEL_ID_NBYTES:
                 raise InvalidInput("this sender is not attached to this server; connect again")
+            session.last_message_s = now_s
             if kind == frames.COMMIT:
                 return self._commit(session, channel_id, frame)
             if kind == frames.CREDIT:
@@ -275,6 +281,7 @@ class ServerCore:
         reached("server.credit_checked")
         if len(credit.rows):
             sampler.table.replay.update_priorities(credit.rows, credit.generations, credit.td_errors)
+            sampler.table.diagnostics.num_updates += len(credit.rows)
             reached("server.updated")
         sampler.num_credits += credit.num_credits
         session.last_action_s = sampler.waiting_since_s = self._now_s
@@ -313,10 +320,12 @@ class ServerCore:
             "num_refused": self.num_refused,
             "num_undelivered": self.num_undelivered,
             "last_refusal": self.last_refusal,
-            "tables": {name: describe_table(table, waits[name]) for name, table in self.tables.items()},
+            "tables": {
+                name: describe_table(table, waits[name], self._rates, now_s) for name, table in self.tables.items()
+            },
             "parameters": {name: slots.version for name, slots in self.parameters.items()},
             "checkpoint": None if self.checkpoint is None else self.checkpoint.describe(now_s),
-            "clients": [describe_session(session, now_s) for session in self.sessions.values()],
+            "clients": [describe_session(session, self._rates, now_s) for session in self.sessions.values()],
         }
 
     # ---- checkpoints ---------------------------------------------------------------------------------------
@@ -412,7 +421,7 @@ class ServerCore:
         td_errors = None if commit.td_errors is None else commit.td_errors[first : pending.num_published]
         writer.num_rows_pending -= num_rows
         writer.num_published += num_rows
-        writer.num_inserts += num_rows
+        writer.session.num_inserts += num_rows
         episodes = []
         if pending.num_published == commit.num_rows:
             writer.sequence_committed, writer.num_published = commit.sequence, 0
@@ -438,6 +447,9 @@ class ServerCore:
             state.commit(rows, td_errors)
         self._ledger.end()
         writer.table.last_insert_s = self._now_s
+        watch = writer.table.diagnostics.watch
+        if self._now_s >= watch.next_commit_s:
+            watch.committed(rows, state.generations[rows], _num_inserts(state), self._now_s, version)
 
     def _acknowledge(self, pending: PendingCommit, outgoing: Outgoing) -> None:
         writer, commit = pending.writer, pending.commit
@@ -491,8 +503,11 @@ class ServerCore:
         sample = state.draw(sampler.batch_size, sampler.num_spares)
         self._ledger.sampled(table.name, state.limiter.num_samples)
         reached("server.drawn")
+        rows, generations = sample.rows[: sampler.batch_size], sample.generations[: sampler.batch_size]
+        newest_version, num_inserts = self._version(_POLICY), state.limiter.num_inserts
+        table.diagnostics.watch.drawn(rows, generations, num_inserts, self._now_s, newest_version)
         sampler.num_credits -= 1
-        sampler.num_samples += sampler.batch_size
+        sampler.session.num_samples += sampler.batch_size
         sampler.waiting_since_s = table.last_sample_s = self._now_s
         table.samplers.remove(sampler)
         table.samplers.append(sampler)
@@ -503,8 +518,7 @@ class ServerCore:
         reader = next((reader for reader in table.readers if reader.num_credits), None)
         if reader is None:
             return False
-        parameters = self.parameters.get(table.rollouts.config.parameters)
-        newest_version = 0 if parameters is None else parameters.version
+        newest_version = self._version(table.rollouts.config.parameters)
         rollouts = table.rollouts
         lease = rollouts.lease(reader.num_credits, newest_version)
         if len(lease.dropped):
@@ -516,13 +530,18 @@ class ServerCore:
         reader.rows.update(rows.tolist())
         reached("server.leased")
         reader.num_credits -= len(rows)
-        reader.num_samples += len(rows)
+        reader.session.num_samples += len(rows)
         reader.waiting_since_s = table.last_sample_s = self._now_s
         table.readers.remove(reader)
         table.readers.append(reader)
         sample = Sample(rows, rollouts.generations[rows], np.zeros(len(rows)), 0.0, len(rollouts))
+        table.diagnostics.watch.drawn(rows, sample.generations, rollouts.num_commits, self._now_s, newest_version)
         outgoing.append((reader.channel_id, Batch(self.epoch, len(rows), sample).encode()))
         return True
+
+    def _version(self, parameters: str) -> int:
+        slots = self.parameters.get(parameters)
+        return 0 if slots is None else slots.version
 
     # ---- control requests ----------------------------------------------------------------------------------
 
@@ -667,6 +686,10 @@ class ServerCore:
                 "is what the server's limit of open descriptors (RLIMIT_NOFILE) allows; close some, or raise it "
                 "(ulimit -n) before the server starts"
             )
+
+
+def _num_inserts(state: ReplayTableState | RolloutTableState) -> int:
+    return state.num_commits if isinstance(state, RolloutTableState) else state.limiter.num_inserts
 
 
 def _channel_id(session: Session, number: int) -> bytes:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rl_buffer.allocator import Rows
+from rl_buffer.diagnostics import TableDiagnostics
 from rl_buffer.errors import InvalidInput
 from rl_buffer.frames import Commit
 from rl_buffer.replay_table import ReplayTableState
@@ -33,11 +34,14 @@ class Session:
     connected: bool = True
     client: int = 0  # its number in the ledger
     is_guest: bool = False  # runs as another user than the server
+    last_message_s: float = field(init=False)  # when it sent the last one, or attached
+    num_inserts: int = 0  # of all its writers, closed ones too
+    num_samples: int = 0  # likewise
     channels: "dict[bytes, WriterChannel | SamplerChannel | ReaderChannel]" = field(default_factory=dict)
     last_action_s: float = field(init=False)  # its last commit or credit; at first when it attached
 
     def __post_init__(self) -> None:
-        self.last_action_s = self.attached_at_s
+        self.last_action_s = self.last_message_s = self.attached_at_s
 
 
 @dataclass(slots=True, eq=False)
@@ -56,7 +60,6 @@ class WriterChannel:
     sequence_committed: int = 0
     num_published: int = 0  # rows of the commit after it; also those that an earlier channel of this writer published
     num_grants: int = 0
-    num_inserts: int = 0
     parameter_version: int = 0
     closing: bool = False
     number: int = -1  # in the ledger
@@ -92,7 +95,6 @@ class SamplerChannel:
     table: "ServedTable"
     batch_size: int
     num_credits: int = 0
-    num_samples: int = 0
     rows: tuple[int, ...] = ()  # it holds none
     waiting_since_s: float = 0.0  # while num_credits > 0: since its last credit or batch
 
@@ -111,7 +113,6 @@ class ReaderChannel:
     table: "ServedTable"
     num_credits: int = 0
     rows: set[int] = field(default_factory=set)
-    num_samples: int = 0  # fragments
     waiting_since_s: float = 0.0  # while num_credits > 0: since its last credit or fragment
 
 
@@ -138,6 +139,7 @@ class ServedTable:
         self.num_overtaken = 0
         self.last_insert_s: float | None = None
         self.last_sample_s: float | None = None
+        self.diagnostics = TableDiagnostics(state.config.num_rows)
 
     def next_grant(self) -> "tuple[WriterChannel, int] | None":
         """Who gets rows now, and how many; None while there are too few.

@@ -68,8 +68,8 @@ class ServerMemory:
 
     @property
     def _bookkeeping_nbytes(self) -> int:
-        # Masses, their sums and the queues of the bookkeeping: about 5 words a row, ordinary memory.
-        return sum(table.num_rows * 5 * _INT64_NBYTES for table in self._config.tables.values())
+        # Masses, their sums, the queues and what is watched of the rows: about 8 words a row, ordinary memory.
+        return sum(table.num_rows * 8 * _INT64_NBYTES for table in self._config.tables.values())
 
     def _check_room(self) -> None:
         check_memory(self._total_nbytes + self._bookkeeping_nbytes)
