@@ -15,6 +15,7 @@
                 connection, parameters, outbox, writer, sampler, served_buffer, rollout_writer, rollout_reader,
                 client                                                          (its clients)
                 launch, preload                                      (child processes of a trainer)
+    face        table_file, doctor, prometheus_metrics, top_screen, top, cli    (the command rl-buffer)
 """
 
 import importlib
