@@ -105,9 +105,9 @@ class Screen:
             waits = [Text(f"stuck  {name}: {table['stuck']}", style=_BAD) for name, table in tables if table["stuck"]]
             for name, table in tables:
                 waits += [Text(f"waits  {name}: {sentence}", style="yellow") for sentence in table["waits"]]
-            num_waits = min(len(info["tables"]) + 1, _MAX_WAITS)
+            num_waits = min(len(info["tables"]) + 1, _MAX_WAITS if height >= 20 else 1)
             clients = self._listed(info)
-            num_lines = height - 3 - num_waits - _MIN_CLIENT_LINES  # title, heading, keys
+            num_lines = height - 3 - num_waits - min(_MIN_CLIENT_LINES, max(0, height - 16))  # title, heading, keys
             num_shown, each = _room(len(info["tables"]), num_lines)
             lines.append(_columns(_TABLE_COLUMNS, [heading for heading, _, _ in _TABLE_COLUMNS], width, _HEAD))
             for name in list(info["tables"])[:num_shown]:
@@ -214,10 +214,12 @@ class Screen:
 
     def _clients(self, clients: list[Mapping[str, Any]], width: int, height: int, page: int) -> list[Text]:
         """As many side by side as the width takes."""
-        if height < 2:
+        if height < 1:
             return []
         if not clients:
             return [Text("no clients are attached", style=_DIM)]
+        if height < 3:
+            return [_sum_of(clients)]
         num_blocks = min(max(1, (width + 2) // (_CLIENT_WIDTH + 2)), -(-len(clients) // 8))
         block_width = min(width, (width - 2 * (num_blocks - 1)) // num_blocks)
         num_rows = height - 1
@@ -233,10 +235,7 @@ class Screen:
             cells = [_client(client, block_width) for client in shown[row::num_rows]]
             lines.append(Text("  ").join(cells))
         if len(shown) < len(clients):
-            others = [client for client in clients if client not in shown]
-            inserts, samples = (sum(client[rate] for client in others) for rate in ("inserts_per_s", "samples_per_s"))
-            words = f"and {len(others)} more: {short(inserts)} inserts/s, {short(samples)} samples/s"
-            lines.append(Text(words, style=_DIM))
+            lines.append(Text("and ", style=_DIM) + _sum_of(clients[:first] + clients[first + per_page :]))
         return lines
 
 
@@ -299,12 +298,18 @@ def _client(client: Mapping[str, Any], width: int) -> Text:
     return line
 
 
+def _sum_of(clients: list[Mapping[str, Any]]) -> Text:
+    inserts, samples = (sum(client[rate] for client in clients) for rate in ("inserts_per_s", "samples_per_s"))
+    return Text(f"{len(clients)} more clients: {short(inserts)} inserts/s, {short(samples)} samples/s", style=_DIM)
+
+
 def _waits(waits: list[Text], num_lines: int) -> list[Text]:
     """As many lines whoever waits: what is below would jump."""
     if not waits:
         waits = [Text("nobody waits", style=_DIM)]
     if len(waits) > num_lines:
-        waits = [*waits[: num_lines - 1], Text(f"waits  in {len(waits) - num_lines + 1} more queues", style="yellow")]
+        last = Text.assemble((f"+{len(waits) - num_lines} ", _FIGURE), waits[num_lines - 1])
+        waits = [*waits[: num_lines - 1], last]
     return waits + [Text()] * (num_lines - len(waits))
 
 

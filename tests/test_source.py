@@ -27,7 +27,8 @@ ATTRIBUTES = {
     "wall clock": {"st_mtime", "st_ctime", "st_atime", "st_mtime_ns", "st_ctime_ns", "st_atime_ns"},
     "pickle": {"recv_pyobj", "send_pyobj", "allow_pickle", "weights_only", "__reduce__", "__setstate__"},
 }
-OF_TIME = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "thread_time", "sleep"}
+OF_TIME = {"monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "thread_time"}
+OF_TIME |= {"thread_time_ns", "sleep"}
 
 ALLOWED = {
     ("learner/run_directory.py", "wall clock"): "the name of a new run's directory, which nobody compares",
