@@ -17,6 +17,9 @@ from rl_buffer.spec import PATH_SEPARATOR
 
 LARGEST_NUMBER = 1e34  # of rewards and values: the sum of 1024 steps, the most n_step can be, is still a float32
 
+_PLAIN_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_BOOL = np.dtype(np.bool_)
+
 
 def as_count(argument: str, value: Any) -> int:
     """An integer >= 1, NumPy's too."""
@@ -45,13 +48,18 @@ def as_numpy(value: Any) -> NDArray[Any]:
 def copy_array(argument: str, target: NDArray[Any], value: Any) -> None:
     """Copy into `target` [E, *shape]; E = 1 may be left out, (E, 1) serves for (E,), floats must be finite."""
     _copy(argument, target, value)
+    require_finite(argument, target)
+
+
+def require_finite(argument: str, array: NDArray[Any]) -> None:
+    """Refuse an array that has NaN or infinity in it; integers have neither."""
     # A sum of squares is finite unless an element is not or is huge; only then look at each one. (A sum of infinities
     # of both signs would warn.)
-    if target.dtype.kind == "f" and not math.isfinite(np.vdot(target, target)):
-        bad = np.argwhere(~np.isfinite(target))
+    if array.dtype.kind == "f" and not math.isfinite(np.vdot(array, array)):
+        bad = np.argwhere(~np.isfinite(array))
         if len(bad):
             raise InvalidInput(
-                f"{argument} is {target[tuple(bad[0])]} at {tuple(bad[0].tolist())}; expected finite numbers"
+                f"{argument} is {array[tuple(bad[0])]} at {tuple(bad[0].tolist())}; expected finite numbers"
             )
 
 
@@ -71,18 +79,30 @@ def copy_tree(argument: str, leaves: Mapping[str, NDArray[Any]], step: int, tree
         if not path:
             copy_array(argument, leaf[step], tree)
             return
-        branch = tree
-        for key in path.split(PATH_SEPARATOR):
-            if not isinstance(branch, Mapping) or key not in branch:
-                raise InvalidInput(f"{argument} must be a mapping with {path!r}, got {type(branch).__name__}")
-            branch = branch[key]
-        copy_array(f"{argument}[{path!r}]", leaf[step], branch)
+        copy_array(f"{argument}[{path!r}]", leaf[step], branch_at(argument, path, tree))
+
+
+def branch_at(argument: str, path: str, tree: Any) -> Any:
+    """What a (nested) mapping has at "camera/rgb", or an InvalidInput."""
+    branch = tree
+    for key in path.split(PATH_SEPARATOR):
+        if not isinstance(branch, Mapping) or key not in branch:
+            raise InvalidInput(f"{argument} must be a mapping with {path!r}, got {type(branch).__name__}")
+        branch = branch[key]
+    return branch
 
 
 def copy_numbers(argument: str, target: NDArray[np.float64], value: Any, *, nan_is_unknown: bool = False) -> None:
     """Copy rewards or values, (E,) or (E, 1), into `target` [E]; within +-LARGEST_NUMBER, or perhaps NaN."""
-    _copy(argument, target, value)
-    if not np.vdot(target, target) <= LARGEST_NUMBER**2:  # NaN fails too
+    if value.__class__ is float and target.size == 1:
+        target[0] = value
+        if -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
+            return
+    elif value.__class__ is np.ndarray and value.shape == target.shape and value.dtype in _PLAIN_FLOATS:
+        target[...] = value
+    else:
+        _copy(argument, target, value)
+    if not target.dot(target) <= LARGEST_NUMBER**2:  # NaN fails too
         bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER) & ~(nan_is_unknown & np.isnan(target)))
         if len(bad):
             raise InvalidInput(
@@ -105,6 +125,18 @@ def as_flags(argument: str, value: Any, num_envs: int) -> NDArray[np.bool_]:
     if not ((array == 1) | ~flags).all():
         raise InvalidInput(f"{argument} must be bool, 0 or 1, got {array}")
     return flags
+
+
+def none_hold(value: Any, num_envs: int) -> bool:
+    """Whether flags as `as_flags` takes them hold nowhere; False also where that takes a closer look."""
+    if value is None or (num_envs == 1 and (value is False or value is np.False_)):
+        return True
+    return (
+        value.__class__ is np.ndarray
+        and value.dtype is _BOOL
+        and value.shape == (num_envs,)
+        and not np.count_nonzero(value)
+    )
 
 
 def _copy(argument: str, target: NDArray[Any], value: Any) -> None:

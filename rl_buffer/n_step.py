@@ -5,6 +5,7 @@ Pure functions of the caller's history [H, E]; they must not know of rows, table
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,9 +82,9 @@ def assemble(
     if n_step < 1 or not 0.0 <= gamma <= 1.0:
         raise InvalidInput(f"n_step must be at least 1 and gamma in 0..1, not {n_step} and {gamma}")
 
-    first, envs = np.nonzero(startable)
+    first, envs = _indices(startable)
     if n_step == 1:  # a quarter of the time, and what most buffers are
-        last, n_steps, sums = first, np.ones(len(first), np.int32), rewards[first, envs]
+        last, n_steps, sums = first, np.ones(len(first), np.int32), _at(rewards, first, envs, n_step)
         emitted = None
     else:
         if np.count_nonzero((terminated | truncated) & ~cut):
@@ -97,17 +98,34 @@ def assemble(
         emitted = goes_on if emitted is None else emitted & goes_on
     if emitted is not None:
         first, last, envs, n_steps, sums = (array[emitted] for array in (first, last, envs, n_steps, sums))
-    ended = terminated[last, envs]
+    ended = _at(terminated, last, envs, n_step)
+    powers = (gamma ** np.arange(n_step + 1.0)).astype(np.float32)
+    discounts = powers[1] if n_step == 1 else powers[n_steps]
     return Windows(
         first=first,
         last=last,
         envs=envs,
         rewards=sums.astype(np.float32),
         n_steps=n_steps,
-        discounts=np.where(ended, 0.0, gamma ** n_steps.astype(np.float64)).astype(np.float32),
+        discounts=np.where(ended, np.float32(0.0), discounts),
         terminated=ended,
-        truncated=truncated[last, envs],
+        truncated=_at(truncated, last, envs, n_step),
     )
+
+
+def _indices(startable: BoolArray) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Steps and environments of the windows that can begin."""
+    num_steps, num_envs = startable.shape
+    if np.count_nonzero(startable) < startable.size:
+        steps, envs = np.nonzero(startable)
+        return steps, envs
+    # The common case, in a tenth of the time: 4 us for 64 x 64.
+    return np.arange(num_steps).repeat(num_envs), np.resize(np.arange(num_envs), startable.size)
+
+
+def _at(array: NDArray[Any], steps: NDArray[np.int64], envs: NDArray[np.int64], n_step: int) -> NDArray[Any]:
+    """Elements of [H, E] at steps and environments, a copy; of single steps, which are distinct, perhaps all."""
+    return array.flatten() if n_step == 1 and len(steps) == array.size else array[steps, envs]
 
 
 def _grow(

@@ -60,21 +60,49 @@ class TransitionHistory(StepHistory[Windows]):
 
     def copy_rows(self, items: Windows, views: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
         """See `StepHistory`."""
+        where = _run(rows)
+        firsts = self._whole_steps(items.first)
+        # With n_step = 1 a transition ends where it begins; else its end is a run only while nothing is cut.
+        lasts = firsts if items.last is items.first else None
         for path, leaf in self._leaves.items():
-            steps = items.last if path.startswith("next_observations") else items.first
-            views[path][rows] = leaf[steps, items.envs]
+            is_next = path.startswith("next_observations")
+            steps, numbers = (lasts, items.last) if is_next else (firsts, items.first)
+            if steps is not None and isinstance(where, slice):
+                block = views[path][where]
+                block.reshape(-1, *leaf.shape[1:])[...] = leaf[steps]
+            else:
+                views[path][where] = leaf[numbers, items.envs]
             reached("writer.half_written")
-        views["rewards"][rows] = items.rewards
-        views["dones"][rows] = items.terminated
-        views["discounts"][rows] = items.discounts
-        views["n_steps"][rows] = items.n_steps
-        views["terminateds"][rows] = items.terminated
-        views["truncateds"][rows] = items.truncated
+        views["rewards"][where] = items.rewards
+        views["dones"][where] = items.terminated
+        views["discounts"][where] = items.discounts
+        views["n_steps"][where] = items.n_steps
+        views["terminateds"][where] = items.terminated
+        views["truncateds"][where] = items.truncated
 
     def emitted(self, items: Windows) -> None:
         """See `StepHistory`: the steps before the earliest that can still begin a transition go."""
-        self._startable[items.first, items.envs] = False
         waiting = self._startable[: self.num_steps]
-        # The common case first: nothing waits.
-        first = int(waiting.any(axis=1).argmax()) if np.count_nonzero(waiting) else self.num_steps
-        self._forget(first)
+        if np.count_nonzero(waiting) == len(items):  # the common case first: nothing waits
+            self._forget(self.num_steps)
+            return
+        self._startable[items.first, items.envs] = False
+        self._forget(int(waiting.any(axis=1).argmax()) if np.count_nonzero(waiting) else self.num_steps)
+
+    def _whole_steps(self, first: NDArray[np.int64]) -> slice | None:
+        """The steps that sorted, distinct starts are, if they are those of all environments in each."""
+        if not len(first):
+            return None
+        start, stop = int(first[0]), int(first[-1]) + 1
+        return slice(start, stop) if len(first) == (stop - start) * self._num_envs else None
+
+
+def _run(rows: NDArray[np.int64]) -> slice | NDArray[np.int64]:
+    """Rows that follow each other as a slice: copies to it take a quarter of the time. A writer's mostly do."""
+    if (
+        len(rows)
+        and rows[-1] - rows[0] == len(rows) - 1
+        and np.count_nonzero(rows[1:] - rows[:-1] == 1) == len(rows) - 1
+    ):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows

@@ -1,0 +1,109 @@
+"""The observations, actions and extras of the last steps, copied in with as little work as a step needs.
+
+What comes as the array that its Field says is copied at once; everything else goes the long way through `inputs`,
+which converts it or says what is wrong. No torch.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.inputs import branch_at, copy_array, require_finite
+from rl_buffer.spec import Field, leaves_below
+
+Copy = Callable[[int, Any], None]  # of one step's value into that step's row
+
+
+class StepLeaves:
+    """Leaves by path, [capacity, E, *shape] each.
+
+    Those of one float dtype lie side by side within a step, so that one product says whether a step is finite: 0.3 us
+    for an observation, the next one and an action, where one for each took 1.2.
+    """
+
+    def __init__(self, fields: Mapping[str, Field], capacity: int, num_envs: int) -> None:
+        self.arrays: dict[str, NDArray[Any]] = {}
+        self._leaves: list[tuple[str, NDArray[Any]]] = []  # those that have a copier, with their names in messages
+        self._floats: list[list[NDArray[Any]]] = []  # of each float dtype the steps' rows, flat
+        by_dtype: dict[str, list[str]] = {}
+        for path, field in fields.items():
+            by_dtype.setdefault(field.dtype, []).append(path)
+        for dtype, paths in by_dtype.items():
+            shapes = [(num_envs, *fields[path].shape) for path in paths]
+            stops = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
+            block = np.zeros((capacity, stops[-1]), dtype)
+            for path, shape, stop in zip(paths, shapes, stops, strict=True):
+                self.arrays[path] = block[:, stop - math.prod(shape) : stop].reshape(capacity, *shape)
+            if block.dtype.kind == "f":
+                self._floats.append(list(block))
+
+    def copier(self, argument: str, name: str) -> Copy:
+        """What copies an array, or a mapping of arrays, into a step of the leaves of the tree `name`.
+
+        Floats are to be checked by `require_finite` when everything is copied.
+
+        Args:
+            argument: what messages call it.
+            name: "observations", for instance.
+        """
+        copies = {}
+        for path, leaf in leaves_below(name, self.arrays).items():
+            leaf_argument = f"{argument}[{path!r}]" if path else argument
+            self._leaves.append((leaf_argument, leaf))
+            copies[path] = _Leaf(leaf_argument, leaf).copy
+        if "" in copies:
+            return copies[""]
+
+        def copy_branches(step: int, tree: Any) -> None:
+            for path, copy in copies.items():
+                copy(step, branch_at(argument, path, tree))
+
+        return copy_branches
+
+    def require_finite(self, step: int) -> None:
+        """Refuse NaN and infinity in a step, by name of the argument.
+
+        Raises:
+            InvalidInput: which leaf, which element.
+        """
+        for rows in self._floats:
+            row = rows[step]
+            # A sum of squares is finite unless an element is not or is huge; only then look at each one.
+            if not math.isfinite(row.dot(row)):
+                for argument, leaf in self._leaves:
+                    require_finite(argument, leaf[step])
+
+
+class _Leaf:
+    """Copies into the steps of one leaf."""
+
+    __slots__ = ("_argument", "_dtype", "_rows", "_scalar", "_shape", "_single_rows", "_single_shape")
+
+    def __init__(self, argument: str, leaf: NDArray[Any]) -> None:
+        self._argument = argument
+        self._dtype = leaf.dtype
+        self._shape = leaf.shape[1:]
+        self._rows = list(leaf)
+        # One environment may leave its dimension out.
+        is_single = leaf.shape[1] == 1
+        self._single_shape = leaf.shape[2:] if is_single else None
+        self._single_rows = [row[0, ...] for row in leaf] if is_single else []
+        # An action is often a plain integer.
+        self._scalar = int if self._single_shape == () and leaf.dtype.kind in "iu" else None
+
+    def copy(self, step: int, value: Any) -> None:
+        if value.__class__ is np.ndarray and value.dtype is self._dtype:
+            shape = value.shape
+            if shape == self._shape:
+                self._rows[step][...] = value
+                return
+            if shape == self._single_shape:
+                self._single_rows[step][...] = value
+                return
+        elif value.__class__ is self._scalar and 0 <= value < 128:  # which every integer dtype holds
+            self._rows[step][0] = value
+            return
+        copy_array(self._argument, self._rows[step], value)
