@@ -549,11 +549,11 @@ def test_an_add_that_the_limiter_holds_back_says_so_and_can_be_repeated(client):
 
 
 def test_an_add_that_finds_no_rows_says_who_holds_them_and_can_be_repeated(client):
-    # The first gets the two chunks that it wants, the second what is left of the headroom.
+    # The first gets the two chunks that it wants, the second one, and then too few are left for another one.
     holders = [client.writer("narrow", num_envs=1, chunk_size=4) for _ in range(2)]
     writer = client.writer("narrow", num_envs=1, chunk_size=4, timeout_s=0.2)
     number, message = add_until_deadline(writer, 0)
-    assert "waits for rows, 16 of 16 are reserved" in message
+    assert "waits for rows, 15 of 16 are reserved" in message
     for holder in holders:
         holder.close()
     for later in range(number, number + 20):
