@@ -172,7 +172,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
     with connect(options.address, min(10.0, options.timeout), name="rl-buffer checkpoint") as client:
         report = client.checkpoint(options.path, options.timeout)
-    items = ", ".join(f"{count:,} in {name}" for name, count in report.num_items.items())
+    items = ", ".join(f"{count:,} in {name}" for name, count in sorted(report.num_items.items()))
     print(f"{report.path}: {report.nbytes:,} bytes in {report.duration_s:.1f} s; {items}")
     print(f"the server stood still for {report.pause_ms:.1f} ms, writers for {report.writers_waited_ms:.1f} ms")
     return 0
