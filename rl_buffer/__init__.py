@@ -4,8 +4,8 @@
 
     layer       modules
     pure        errors, failpoints, spec, allocator, kernels, sum_tree, row_set, importance, samplers, rate_limiters,
-                waits, n_step, stats_tracker, diagnostics, tables, inputs, step_leaves, episode_ends, step_history,
-                transition_history, sequence_history, offline, replay_input, replay_table, rollout_table,
+                waits, n_step, stats_tracker, server_stats, diagnostics, tables, inputs, step_leaves, episode_ends,
+                step_history, transition_history, sequence_history, offline, replay_input, replay_table, rollout_table,
                 parameter_slots, address, buffer_arguments, gae, rollout_fragment
     memory      storage, peers, descriptors, directory, local_rows, buffer_files, checkpoint_file, checkpoint
     buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_batches, rollout_buffer

@@ -435,9 +435,17 @@ class Client:
 
     # ---- asking --------------------------------------------------------------------------------------------
 
-    def stats(self) -> dict[str, float]:
-        """Episode statistics over all actors, with the keys of `StatsTracker.get_statistics`; {} before the first."""
-        return dict(self._value(messages.GetStats()))
+    def stats(self, *, per_client: bool = False) -> dict[str, float]:
+        """Episode statistics over all actors, with the keys of `StatsTracker.get_statistics`; {} before the first.
+
+        Args:
+            per_client: the breakdown by the clients' names too, of the same moment: `{category}/clients/{name}/` before
+                `num_episodes`, `rewards_mean` and `lengths_mean` (of its last episodes: the window, at most 100), and
+                `lifetime_rewards_mean`, `_std`, `_min`, `_max`. A process that was started again under the name of
+                another goes on with its figures. Beyond 1,024 names the one whose last episode is longest ago is
+                forgotten, and counted in `{category}/other_clients/num_episodes`.
+        """
+        return dict(self._value(messages.GetStats(per_client)))
 
     def info(self) -> dict[str, Any]:
         """Tables, clients, parameter versions, and who waits for what, in plain values."""

@@ -19,6 +19,8 @@ page cache outlives it. That is all that is relied on: nothing is synchronised, 
       clients                   who c is: process and token
       writers, progress         writer_id, and how much of what it sent is published
       moments, episodes         the statistics: lifetime moments, and a ring of twice the window
+      client_names, _moments,   the same of each client's, by its slot, which is free where the count is 0
+      _episodes
       journal                   the operation under way
 
 Order and eviction need no records: committed are the rows with the `capacity` largest numbers, so it is the publishing
@@ -46,8 +48,9 @@ from numpy.typing import NDArray
 from rl_buffer.allocator import Rows
 from rl_buffer.peers import Process
 from rl_buffer.rate_limiters import RateLimiter
+from rl_buffer.server_stats import ClientRecord, ServerStats
 from rl_buffer.sessions import WriterProgress
-from rl_buffer.stats_tracker import Episode, StatsTracker
+from rl_buffer.stats_tracker import Episode
 
 NO_PROGRESS = WriterProgress(0, 0)
 
@@ -94,7 +97,8 @@ class Ledger:
         writer: int = -1,
         progress: WriterProgress = NO_PROGRESS,
         episodes: Sequence[Episode] = (),
-        stats: StatsTracker | None = None,
+        stats: ServerStats | None = None,
+        client: ClientRecord | None = None,
     ) -> None:
         """Publish: after this call it has happened. To be called before the table's `commit`, and then `end`.
 
@@ -108,6 +112,7 @@ class Ledger:
             progress: of the writer.
             episodes: that were just recorded in `stats`.
             stats: the statistics with them.
+            client: the record of the client whose they are, with them; if they are all that it has, it is new.
         """
 
     def end(self) -> None:

@@ -20,6 +20,8 @@ from rl_buffer.rate_limiters import LimiterConfig, MinSize, RateLimiter, SampleT
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.samplers import Prioritized
+from rl_buffer.server_stats import MAX_CLIENTS as MAX_CLIENT_NAMES
+from rl_buffer.server_stats import MAX_NAME_LENGTH, ClientRecord, ServerStats, client_window
 from rl_buffer.sessions import WriterProgress
 from rl_buffer.spec import Field
 from rl_buffer.stats_tracker import Episode, Moments, StatsTracker
@@ -38,7 +40,7 @@ _ALIGNMENT_NBYTES = 64  # the sum tree is faster if its leaves start with a cach
     _CLAIM_THEN,  # rollouts
     _VERSION_THEN,  # rollouts
     _HAS_TD_ERRORS,
-    _HAS_MOMENTS,
+    _CLIENT_SLOT,  # whose moments are here, with those of all; -1: none
     _WRITER,  # -1: none that could go on
     _SEQUENCE_THEN,
     _PART_THEN,
@@ -53,8 +55,12 @@ _LIMITER_LENGTH = 8
 _IN_USE, _PROCESS, _TOKEN, _CLIENT_LENGTH = 0, slice(1, 5), slice(5, 7), 7
 _WRITER_ID, _WRITER_LENGTH = slice(1, 3), 3
 _PROGRESS_LENGTH = len(WriterProgress._fields)
-# Moments: count, mean, m2, minimum, maximum of the rewards; how many episodes the ring has ever taken.
+# Moments: count, mean, m2, minimum, maximum of the rewards; how many episodes the ring has ever taken. A client's end
+# with how many episodes all clients had, up to its last.
 _NEXT_EPISODE, _NUM_MOMENTS = 5, 6
+_NUM_CLIENT_MOMENTS = 7
+# A client's name: its bytes in UTF-8, at most four for a character, and before them how many they are.
+_NAME_LENGTH = 1 + 4 * MAX_NAME_LENGTH // 8
 
 Words: TypeAlias = Any  # a flat memoryview
 Tables = Mapping[str, ReplayTable | RolloutTable]
@@ -87,6 +93,9 @@ class MappedLedger(Ledger):
         self._journal_rows = arrays["journal_rows"]
         self._journal_td_errors = arrays["journal_td_errors"]
         self._moments, self._journal_moments = _words(arrays["moments"]), _words(arrays["journal_moments"])
+        self._client_names, self._client_episodes = arrays["client_names"], arrays["client_episodes"]
+        self._client_moments = _words(arrays["client_moments"])
+        self._journal_client_moments = _words(arrays["journal_client_moments"])
         self._episodes, self._clients = arrays["episodes"], arrays["clients"]
         self._writers, self._progress = arrays["writers"], _words(arrays["progress"])
         nothing = np.zeros(0, np.int64)
@@ -175,18 +184,22 @@ class MappedLedger(Ledger):
         writer: int = -1,
         progress: WriterProgress = NO_PROGRESS,
         episodes: Sequence[Episode] = (),
-        stats: StatsTracker | None = None,
+        stats: ServerStats | None = None,
+        client: ClientRecord | None = None,
     ) -> None:
         """See `Ledger.begin`."""
         record = self.tables[table]
         if td_errors is not None:
             self._journal_td_errors[: len(rows)] = td_errors
-        if episodes:
+        slot = -1
+        if client is not None:
             assert stats is not None
+            slot = client.slot
             self._write_episodes(episodes, stats.lifetime)
+            self._write_client(client, len(episodes))
         published = record.counts[PUBLISHED] + len(rows)
-        flags = (td_errors is not None, bool(episodes))
-        self._publish(record, rows, (published, number + 1, version, *flags, writer, *progress))
+        has_td_errors = td_errors is not None
+        self._publish(record, rows, (published, number + 1, version, has_td_errors, slot, writer, *progress))
 
     def end(self) -> None:
         """See `Ledger.end`."""
@@ -235,7 +248,7 @@ class MappedLedger(Ledger):
         record.counts[NUM_DROPPED] = num_dropped
 
     def _empty(self, record: TableRecord, fragments: Rows) -> None:
-        self._publish(record, fragments, (record.counts[PUBLISHED], 0, 0, False, False, -1, *NO_PROGRESS))
+        self._publish(record, fragments, (record.counts[PUBLISHED], 0, 0, False, -1, -1, *NO_PROGRESS))
         self.end()
 
     def _publish(self, record: TableRecord, rows: Rows, rest: tuple[int, ...]) -> None:
@@ -249,7 +262,7 @@ class MappedLedger(Ledger):
 
     def _carry_out(self) -> None:
         """Store what the journal says; once more does no harm."""
-        _, number, num_rows, published, claim, version, _, has_moments, writer, *progress = self._journal.tolist()
+        _, number, num_rows, published, claim, version, _, slot, writer, *progress = self._journal.tolist()
         record, rows = self._by_number[number], self._journal_rows[:num_rows]
         if isinstance(record.config, RolloutTable):
             record.versions[rows] = version
@@ -261,8 +274,9 @@ class MappedLedger(Ledger):
         record.counts[PUBLISHED] = published
         if writer >= 0:
             self._set_progress(writer, progress)
-        if has_moments:
+        if slot >= 0:
             self._moments[:] = self._journal_moments
+            self._client_moments[_moments_of(slot)] = self._journal_client_moments
 
     def _set_progress(self, writer: int, progress: Iterable[int]) -> None:
         start = writer * _PROGRESS_LENGTH
@@ -281,8 +295,47 @@ class MappedLedger(Ledger):
         moments = (lifetime.count, lifetime.mean, lifetime.m2, lifetime.minimum, lifetime.maximum, end)
         self._journal_moments[:] = array("d", moments)
 
+    def _write_client(self, client: ClientRecord, num_new: int) -> None:
+        """Likewise the last `num_new` episodes of a client."""
+        lifetime, start = client.lifetime, _moments_of(client.slot).start
+        if lifetime.count == num_new:  # a new one, whose slot may have been that of a name which is forgotten
+            self._client_moments[start] = 0.0
+            name = client.name.encode()
+            words = np.frombuffer(name.ljust(-(-len(name) // 8) * 8, b"\0"), np.int64)
+            self._client_names[client.slot, : 1 + len(words)] = [len(name), *words.tolist()]
+            end = 0
+        else:
+            end = int(self._client_moments[start + _NEXT_EPISODE])
+        ring = self._client_episodes[client.slot]
+        for age in range(min(num_new, len(client.rewards)), 0, -1):
+            ring[end % len(ring)] = [client.rewards[-age], client.lengths[-age]]
+            end += 1
+        numbers = (lifetime.count, lifetime.mean, lifetime.m2, lifetime.minimum, lifetime.maximum, end, client.last)
+        self._journal_client_moments[:] = array("d", numbers)
+
+    def _clients_statistics(self) -> list[dict[str, Any]]:
+        """What `_write_client` wrote, as `ServerStats.state` has it."""
+        records = []
+        moments = np.reshape(self._client_moments, (-1, _NUM_CLIENT_MOMENTS))
+        for slot in np.flatnonzero(moments[:, 0]).tolist():
+            count, mean, m2, minimum, maximum, end, last = moments[slot].tolist()
+            length, *words = self._client_names[slot].tolist()
+            ring = self._client_episodes[slot]
+            kept = ring[np.arange(end - min(count, len(ring) // 2), end, dtype=np.int64) % len(ring)]
+            records.append(
+                {
+                    "slot": slot,
+                    "name": array("q", words).tobytes()[:length].decode(),
+                    "rewards": kept[:, 0].tolist(),
+                    "lengths": kept[:, 1].astype(np.int64).tolist(),
+                    "lifetime": dataclasses.asdict(Moments(int(count), mean, m2, minimum, maximum)),
+                    "last": int(last),
+                }
+            )
+        return records
+
     def statistics(self) -> dict[str, Any]:
-        """The state of a `StatsTracker` that recorded all of this."""
+        """The state of a `ServerStats` that recorded all of this."""
         count, mean, m2, minimum, maximum, end = self._moments.tolist()
         if not count:
             return StatsTracker().state()
@@ -294,7 +347,11 @@ class MappedLedger(Ledger):
             held = frozenset(key for key, value in zip(reasons, rest[len(keys) :], strict=True) if value)
             episodes.append(Episode(int(count) - age, reward, int(length), given, held))
         lifetime = Moments(int(count), mean, m2, minimum, maximum)
-        return {"episodes": msgspec.to_builtins(episodes), "lifetime": dataclasses.asdict(lifetime)}
+        return {
+            "episodes": msgspec.to_builtins(episodes),
+            "lifetime": dataclasses.asdict(lifetime),
+            "clients": self._clients_statistics(),
+        }
 
     # ---- what an earlier server left ------------------------------------------------------------------------
 
@@ -333,7 +390,7 @@ class MappedLedger(Ledger):
     def adopt(
         self,
         states: Mapping[str, ReplayTableState | RolloutTableState],
-        stats: StatsTracker,
+        stats: ServerStats,
         writers: Mapping[bytes, WriterProgress],
     ) -> None:
         """Write down, in a ledger where nothing is, tables that were filled in another way."""
@@ -357,6 +414,9 @@ class MappedLedger(Ledger):
         if episodes:
             self._write_episodes(episodes, stats.lifetime)
             self._moments[:] = self._journal_moments
+        for client in stats.clients.values():
+            self._write_client(client, client.lifetime.count)
+            self._client_moments[_moments_of(client.slot)] = self._journal_client_moments
         for writer_id, progress in writers.items():
             self.writer_opened(writer_id, progress)
             self.writer_left(writer_id, comes_back=True)
@@ -382,6 +442,10 @@ def ledger_fields(tables: Tables, stats: StatsConfig) -> dict[str, Field]:
         "journal_moments": Field((_NUM_MOMENTS,), "float64"),
         "moments": Field((_NUM_MOMENTS,), "float64"),
         "episodes": Field((2 * stats.window, 2 + num_metrics), "float64"),
+        "journal_client_moments": Field((_NUM_CLIENT_MOMENTS,), "float64"),
+        "client_moments": Field((MAX_CLIENT_NAMES, _NUM_CLIENT_MOMENTS), "float64"),
+        "client_names": Field((MAX_CLIENT_NAMES, _NAME_LENGTH), "int64"),
+        "client_episodes": Field((MAX_CLIENT_NAMES, 2 * client_window(stats.window), 2), "float64"),
         "clients": Field((MAX_CLIENTS, _CLIENT_LENGTH), "int64"),
         "writers": Field((MAX_WRITERS, _WRITER_LENGTH), "int64"),
         "progress": Field((MAX_WRITERS, _PROGRESS_LENGTH), "int64"),
@@ -437,6 +501,11 @@ def _limiter_of(words: NDArray[np.int64]) -> dict[str, Any]:
     values = {SampleToInsertRatio: (ratio, number, error_buffer if is_pair else error_buffer[0])}
     config = _LIMITER_KINDS[kind](*values.get(_LIMITER_KINDS[kind], (number,)))
     return {"config": msgspec.to_builtins(config), "first_insert": int(words[6]), "first_sample": int(words[7])}
+
+
+def _moments_of(slot: int) -> slice:
+    """Where the moments of a client are, in words."""
+    return slice(slot * _NUM_CLIENT_MOMENTS, (slot + 1) * _NUM_CLIENT_MOMENTS)
 
 
 def _words(array: NDArray[Any]) -> Words:

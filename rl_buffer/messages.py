@@ -100,7 +100,9 @@ class GetInfo(_Request, frozen=True):
 
 
 class GetStats(_Request, frozen=True):
-    """The merged StatsTracker. The reply is Value with a dict."""
+    """The statistics of all episodes, if wanted of each client as well. The reply is Value with a dict of numbers."""
+
+    per_client: bool = False
 
 
 class Checkpoint(_Request, frozen=True):

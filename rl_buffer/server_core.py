@@ -39,6 +39,7 @@ from rl_buffer.rate_limiters import LimiterConfig, check_sample_possible
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_info import counters, describe_session, describe_table
+from rl_buffer.server_stats import MAX_NAME_LENGTH, ServerStats
 from rl_buffer.sessions import (
     NO_ROWS,
     PendingCommit,
@@ -49,7 +50,6 @@ from rl_buffer.sessions import (
     WriterChannel,
     WriterProgress,
 )
-from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import Sample, StatsConfig
 from rl_buffer.wait_facts import describe_waits
 
@@ -59,7 +59,6 @@ MAX_CREDITS = 64
 MAX_KNOWN_WRITERS = 1 << 16  # that may come back; the one that is longest gone is forgotten first
 WRITER_ID_NBYTES = 16
 _POLICY = "policy"  # the parameters whose version replay writers report
-MAX_NAME_LENGTH = 100  # of a client, repeated in every `info`
 MAX_REASON_LENGTH = 1000  # a refusal may quote what a client sent, and `info` repeats the last one to everybody
 
 Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
@@ -79,7 +78,7 @@ class ServerCore:
         self.epoch = epoch
         self._ledger = ledger or Ledger()
         self.tables = {name: ServedTable(name, state) for name, state in tables.items()}
-        self.stats = StatsTracker(1, stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys)
+        self.stats = ServerStats(stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys)
         self.parameters: dict[str, ParameterSlots] = {}
         self.sessions: dict[bytes, Session] = {}
         self.max_descriptors = sys.maxsize  # that the server's process may open for clients
@@ -422,12 +421,12 @@ class ServerCore:
         writer.num_rows_pending -= num_rows
         writer.num_published += num_rows
         writer.session.num_inserts += num_rows
-        episodes = []
+        episodes, client = [], None
         if pending.num_published == commit.num_rows:
             writer.sequence_committed, writer.num_published = commit.sequence, 0
             # Not before: what is not published whole counts nothing, because its writer may have to send it again.
-            episodes = commit.episodes
-            self.stats.record(episodes)
+            if episodes := commit.episodes:
+                client = self.stats.record_of(writer.session.name, episodes)
         state, version = writer.table.state, commit.parameter_version
         number = state.number_of(int(rows[0])) if isinstance(state, RolloutTableState) and num_rows else 0
         self._ledger.begin(
@@ -440,6 +439,7 @@ class ServerCore:
             progress=writer.progress,
             episodes=episodes,
             stats=self.stats,
+            client=client,
         )
         if isinstance(state, RolloutTableState):
             state.commit(rows, version)
@@ -613,8 +613,9 @@ class ServerCore:
                 return messages.Value(len(self._table(name).state))
             case messages.GetInfo():
                 return messages.Value(self.info(now_s))
-            case messages.GetStats():
-                return messages.Value(self.stats.get_statistics())
+            case messages.GetStats(per_client=per_client):
+                by_client = self.stats.by_client() if per_client else {}
+                return messages.Value(self.stats.get_statistics() | by_client)
             case messages.Checkpoint():
                 raise AssertionError("it is answered later")
 

@@ -31,7 +31,8 @@ from rl_buffer.failpoints import reached
 from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.parameter_slots import BOARD_LENGTH, NUM_SLOTS, ParameterSlots
 from rl_buffer.peers import identify, is_stopped, peer_process, readable
-from rl_buffer.server_core import MAX_NAME_LENGTH, Outgoing
+from rl_buffer.server_core import Outgoing
+from rl_buffer.server_stats import MAX_NAME_LENGTH
 from rl_buffer.sessions import WriterProgress
 from rl_buffer.spec import Field, RowLayout
 from rl_buffer.storage import OwnedSegment, check_memory

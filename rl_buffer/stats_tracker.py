@@ -43,6 +43,17 @@ class Moments:
     minimum: float = math.inf
     maximum: float = -math.inf
 
+    def add(self, number: float) -> None:
+        """Add one number: to the bit what `merge` makes of it."""
+        before, self.count = self.count, self.count + 1
+        delta = number - self.mean
+        self.mean += delta / self.count
+        self.m2 += delta * delta * before / self.count
+        if number < self.minimum:
+            self.minimum = number
+        if number > self.maximum:
+            self.maximum = number
+
     def merge(self, other: "Moments") -> None:
         """Add another stream (Chan et al. 1979), to 1e-9 of the largest |x| for up to a million numbers."""
         if other.count:
@@ -276,7 +287,7 @@ class StatsTracker:
 
     def _append(self, episode: Episode) -> None:
         self._episodes.append(episode)
-        self._lifetime.merge(Moments(1, episode.reward, 0.0, episode.reward, episode.reward))
+        self._lifetime.add(episode.reward)
 
     def _scalar(self, name: str, value: Any) -> Any:
         if value.__class__ in (float, bool, int):

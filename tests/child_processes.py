@@ -245,12 +245,12 @@ def write_pairs(address, pipe, first_number, tables):
                 pipe.send("writing")
 
 
-def write_through_kills(address, pipe, first_number):
+def write_through_kills(address, pipe, first_number, name=""):
     """Write rows `first_number`, ..., an episode each, with whichever server there is, until told to stop.
 
     Says how many are acknowledged, and at last how many there are.
     """
-    client = rb.connect(address, 60.0)
+    client = rb.connect(address, 60.0, name=name)
     writer = client.writer("replay", num_envs=1, autoreset=None, chunk_size=8)
     number = acknowledged = 0
     while not pipe.poll():

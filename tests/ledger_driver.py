@@ -81,6 +81,7 @@ def patch_stores(monkeypatch, fuse):
     monkeypatch.setattr(mapped_ledger, "_words", lambda array: array.reshape(-1))
     monkeypatch.setattr(mapped_ledger, "MAX_CLIENTS", 8)
     monkeypatch.setattr(mapped_ledger, "MAX_WRITERS", 99)
+    monkeypatch.setattr(mapped_ledger, "MAX_CLIENT_NAMES", NUM_WRITERS)
 
 
 class LoggingLedger(MappedLedger):
@@ -88,7 +89,8 @@ class LoggingLedger(MappedLedger):
 
     def begin(self, table, rows, *, writer, **what):
         writer_id = next((key for key, number in self._writer_numbers.items() if number == writer), None)
-        self.log.append(("publish", table, self.items(table, rows), writer_id, what))
+        client = what["client"] and what["client"].name
+        self.log.append(("publish", table, self.items(table, rows), writer_id, what | {"client": client}))
         super().begin(table, rows, writer=writer, **what)
 
     def cleared(self, table):
@@ -184,7 +186,7 @@ class Play:
     def attach(self, number):
         self.world.num_sessions += 1
         fresh = token(self.world.num_sessions)
-        self.core.attach(fresh, "", 1, 0.0)
+        self.core.attach(fresh, f"actor-{number}", 1, 0.0)
         if before := self.world.tokens.pop(number, None):  # a process that outlived the last server
             self.deliver(self.core.attached_again(before, 1))
         self.world.tokens[number] = fresh
@@ -309,6 +311,7 @@ class Model:
     def __init__(self, events):
         self.committed, self.masses, self.fragments = [], {}, {}
         self.published, self.rewards, self.progress = set(), [], {}
+        self.client_rewards = {}
         self.num_inserts = self.num_samples = self.num_commits = self.num_handed_out = 0
         for event, *what in events:
             getattr(self, event)(*what)
@@ -316,7 +319,10 @@ class Model:
     def publish(self, table, items, writer_id, what):
         self.published.update(items)
         self.progress[writer_id] = what["progress"]
-        self.rewards += [episode.reward for episode in what["episodes"]]
+        rewards = [episode.reward for episode in what["episodes"]]
+        self.rewards += rewards
+        if rewards:
+            self.client_rewards.setdefault(what["client"], []).extend(rewards)
         if table == "rollout":
             self.num_commits += len(items)
             self.fragments |= dict.fromkeys(items, (what["number"], what["version"]))

@@ -190,7 +190,7 @@ def test_a_checkpoint_of_a_server_at_work_is_one_moment_of_it(serve, connect, ch
     assert reports[-1].num_items == {"first": 200, "second": 100}
 
     restored = connect(serve(tables, restore=path))
-    info, statistics = restored.info(), restored.stats()
+    info, statistics = restored.info(), restored.stats(per_client=True)
     newest = {}
     for table, config in tables.items():
         numbers = numbers_in(restored, table)
@@ -233,7 +233,7 @@ def test_a_restored_server_is_the_one_that_was_saved(serve, connect, path, tmp_p
         batch = sampler.sample()
         sampler.update_priorities(batch, batch.actions / 7 + 0.5)
     sampler.close()
-    info, statistics = client.info(), client.stats()
+    info, statistics = client.info(), client.stats(per_client=True)
     report = client.checkpoint(path)
     assert report.path == str(path)
     assert report.nbytes == path.stat().st_size
@@ -250,7 +250,7 @@ def test_a_restored_server_is_the_one_that_was_saved(serve, connect, path, tmp_p
     assert was_drawn.sum() > 100
 
     other = connect(serve(tables, restore=path, extra_metrics_keys=["speed"], done_reason_keys=["fell"]))
-    assert other.stats() == statistics
+    assert other.stats(per_client=True) == statistics
     assert numbers_in(other) == list(range(50, 250))
     assert numbers_in(other, "uniform") == list(range(30))
     for name, table in other.info()["tables"].items():

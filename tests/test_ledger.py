@@ -63,6 +63,14 @@ def difference(world, core, model):
         "episodes": (stats.lifetime.count, len(model.rewards)),
         "window": (stats.get_raw_values()["rewards"], window),
         "mean reward": (stats.lifetime.mean, pytest.approx(np.mean(model.rewards or [0.0]))),
+        "episodes of clients": (
+            {name: (client.lifetime.count, list(client.rewards)) for name, client in stats.clients.items()},
+            {name: (len(own), own[-STATS.window :]) for name, own in model.client_rewards.items()},
+        ),
+        "mean rewards of clients": (
+            {name: client.lifetime.mean for name, client in stats.clients.items()},
+            {name: pytest.approx(np.mean(own)) for name, own in model.client_rewards.items()},
+        ),
         "progress": (
             [core.known_writers.get(writer_id, (0, 0)) for writer_id in alive],
             [model.progress.get(writer_id, (0, 0)) for writer_id in alive],
