@@ -105,6 +105,19 @@ class ActorEnvs:
         finals = (final_observation(step.infos, env, "") for env in np.flatnonzero(step.truncated))
         return _tree_map(replace, step.next_observations, *finals)
 
+    def final_values(
+        self, step: Step, values: Callable[[Any], NDArray[np.floating[Any]]]
+    ) -> NDArray[np.floating[Any]] | None:
+        """V of the true final observations, [E], where `step` truncated; in next_step mode the dummy step brings it.
+
+        Args:
+            step: what `step` returned last.
+            values: V(obs), [E], of [E, *obs_shape].
+        """
+        if self.autoreset == "next_step" or not step.truncated.any():
+            return None
+        return values(self.final_observations(step))
+
     def __enter__(self) -> "ActorEnvs":
         return self
 

@@ -24,7 +24,12 @@ class Decision:
 
 
 class Policy(Protocol):
-    """What an actor needs of a policy."""
+    """What an actor needs of a policy.
+
+    One whose decisions have `state_values` may have `values` as well, `values(observations) -> [E]`, V(obs) for
+    [E, *obs_shape]: without it the last steps of truncated episodes get the table's default priority, where the
+    environments do not show the policy their final observations (all modes but next_step).
+    """
 
     def load(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Take newer parameters."""
@@ -66,7 +71,7 @@ def run_replay_actor(
         writer = client.writer(table, envs=envs, chunk_size=chunk_size)  # first: it refuses those that do not fit
         policy = make_policy(envs)
         envs.reset(seed)
-        version = 0
+        values, version = getattr(policy, "values", None), 0
         for step_number in itertools.count():
             if step_number % refresh_steps == 0:
                 version, parameters = client.parameters(newer_than=version)
@@ -74,6 +79,7 @@ def run_replay_actor(
                     policy.load(parameters)
             decision = policy.decide(envs.observations)
             step = envs.step(decision.actions)
+            knows_values = values is not None and decision.state_values is not None
             writer.add(
                 step.observations,
                 decision.actions,
@@ -85,4 +91,5 @@ def run_replay_actor(
                 q_taken=decision.q_taken,
                 state_value=decision.state_values,
                 infos=step.infos,
+                final_value=envs.final_values(step, values) if knows_values else None,
             )

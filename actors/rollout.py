@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 import rl_buffer as rb
-from actors.environments import ActorEnvs, Step
+from actors.environments import ActorEnvs
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +89,6 @@ def run_rollout_actor(
                     choice.log_probs,
                     step.truncated,
                     terminated=step.terminated,
-                    final_values=_final_values(policy, envs, step),
+                    final_values=envs.final_values(step, policy.values),
                 )
             writer.commit(policy.values(envs.observations))
-
-
-def _final_values(policy: RolloutPolicy, envs: ActorEnvs, step: Step) -> NDArray[np.float32] | None:
-    """V(true final observations), [E], where `step` truncated; in next_step mode the dummy step brings it."""
-    if envs.autoreset == "next_step" or not step.truncated.any():
-        return None
-    return policy.values(envs.final_observations(step))

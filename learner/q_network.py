@@ -100,6 +100,11 @@ class EpsilonGreedyPolicy:
         actions = np.where(explore, random_actions, q_values.argmax(1))
         return Decision(actions, q_values[np.arange(len(actions)), actions], q_values.max(1))
 
+    @torch.inference_mode()
+    def values(self, observations: NDArray[Any]) -> NDArray[np.float32]:
+        """max_a Q(obs, a), [E], of observations [E, *obs_shape]; after the first parameters."""
+        return self._network(torch.from_numpy(np.asarray(observations))).amax(1).numpy()
+
 
 def epsilon_greedy_policies(num_actors: int, envs_per_actor: int) -> MakePolicy:
     """The crew's policies, which divide the range of epsilons among the environments of all actors."""

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.timeout(60)
 torch.set_num_threads(1)
 
 NUM_ACTORS, E, NUM_STEPS = 2, 3, 150
+TRUNCATING = ("next_step", "same_step", "disabled", "plain")
 OBSERVATIONS = dict.fromkeys(KINDS, SPEC.obs) | {
     "dictionaries": {"place": rb.Field((2,)), "time": {"step": rb.Field(())}}
 }
@@ -38,6 +39,10 @@ def server():
         for kind, observations in OBSERVATIONS.items()
         for n_step in (1, 3)
     }
+    for kind in TRUNCATING:
+        tables[f"{kind}_prioritized"] = rb.ReplayTable(
+            SPEC, capacity=4096, sampler=rb.Prioritized(alpha=1.0, epsilon=1e-9), n_step=3, gamma=GAMMA
+        )
     with rb.BufferServer(tables, stats_window=100_000) as server:
         yield server
 
@@ -105,6 +110,42 @@ def test_every_transition_that_happened_is_stored_once_and_no_other(server, clie
         flags |= {steps[-1][2:] for steps in truth.steps.values() if len(steps) == n_step}
     assert flags >= {(True, False), (False, True)}  # both ends came exactly with the last step of a window
     assert totals(client.stats()) - before == pytest.approx([len(finished), *np.sum(finished, axis=0)])
+
+
+class ValuePolicy(RandomPolicy):
+    """Knows Q and V, both functions of the observation (env, episode, step)."""
+
+    Q_TAKEN = -100.0
+
+    def values(self, observations):
+        return numbers_of(observations) @ np.array([1.0, 0.25, 2.0], np.float32)
+
+    def decide(self, observations):
+        actions = super().decide(observations).actions
+        return Decision(actions, np.full(len(actions), self.Q_TAKEN, np.float32), self.values(observations))
+
+
+@pytest.mark.parametrize("kind", TRUNCATING)
+def test_every_step_gets_its_td_error_as_priority_those_before_a_truncation_too(
+    server, client, children, eventually, kind
+):
+    address, table = server.address, f"{kind}_prioritized"
+    children.start(
+        "actor",
+        lambda: run_replay_actor(
+            address, lambda: make_envs(kind, E, 0), lambda envs: ValuePolicy(0), name="actor", table=table, chunk_size=8
+        ),
+    )
+    (ended,) = eventually(children.reap)
+    assert ended.traceback.endswith("TimeoutError: all steps are played\n")
+    batch = client.sampler(table, batch_size=4000, beta=1.0, prefetch=0).sample()
+    values = torch.from_numpy(ValuePolicy(0).values(batch.next_observations.numpy()))
+    td_errors = batch.rewards + batch.discounts * values - ValuePolicy.Q_TAKEN
+    assert td_errors.min() > 1
+    bootstrapped = batch.truncateds & ~batch.terminateds
+    assert bootstrapped.sum() > 100
+    # Weights at beta = 1 are the smallest mass over each item's.
+    torch.testing.assert_close(batch.weights * td_errors, td_errors.min().expand(4000), rtol=1e-4, atol=1e-4)
 
 
 class NumberedPolicy:
