@@ -13,6 +13,7 @@ from rich.text import Text
 
 _LINE_EVERY_S = 5.0
 _NEWS_KEPT = 4
+_LINES_OF_THE_REST = 2 + 2 + 1 + 1 + _NEWS_KEPT + 1  # border, empty lines, heading of the actors, waits, news, cursor
 
 
 class Display:
@@ -40,7 +41,14 @@ class Display:
                 self._news.extend(line.splitlines()[:1])
 
     def update(self, row: Mapping[str, float], actors: Sequence[Mapping[str, Any]], waits: Sequence[str]) -> None:
-        """Show one row of metrics, the actors of `client.info()["clients"]`, and who waits."""
+        """Show one row of metrics, the actors, and who waits.
+
+        Args:
+            row: figures by name.
+            actors: of `client.info()["clients"]`, each with its `version_lag` in parameter versions and, if it has
+                finished any, `num_episodes` and their `rewards_mean`.
+            waits: sentences.
+        """
         if self._live is not None:
             self._live.update(self._panel(row, actors, waits), refresh=True)
         elif time.monotonic() - self._last_line_s >= _LINE_EVERY_S:
@@ -71,22 +79,30 @@ class Display:
             ("buffer fill", f"{100 * row['buffer_fill']:.1f} %"),
             ("stale updates", f"{row['stale_updates']:,.0f}"),
             ("overtaken rows", f"{row['overtaken_rows']:,.0f}"),
+            ("version lag", f"{row['version_lag']:,.0f}"),
             ("wall time", f"{row['wall_s']:.0f} s"),
             *((name.replace("_", " "), f"{row[name]:.4g}") for name in self._measures),
         )
         for start in range(0, len(cells), 3):
             figures.add_row(*(text for cell in cells[start : start + 3] for text in cell))
         crew = Table(box=None, padding=(0, 2), pad_edge=False)
-        for heading in ("actor", "pid", "inserts", "rows held", "version lag"):
-            crew.add_column(heading, justify="left" if heading == "actor" else "right", style="dim")
-        for actor in actors:
+        for heading in ("actor", "pid", "inserts", "held", "lag", "episodes", "return"):
+            crew.add_column(heading, justify="left" if heading == "actor" else "right", style="dim", no_wrap=True)
+        # What does not fit the terminal would push the figures above out of it.
+        room = max(1, self.console.height - _LINES_OF_THE_REST - -(-len(cells) // 3))
+        shown = actors if len(actors) <= room else actors[: room - 1]
+        for actor in shown:
             crew.add_row(
                 actor["name"] if actor["connected"] else f"{actor['name']} (gone)",
                 str(actor["pid"]),
                 f"{actor['inserts']:,}",
                 str(actor["reserved_rows"]),
                 str(actor["version_lag"]),
+                f"{actor.get('num_episodes', 0):,.0f}",
+                f"{actor['rewards_mean']:.1f}" if "rewards_mean" in actor else "-",
             )
+        if len(shown) < len(actors):
+            crew.add_row(f"and {len(actors) - len(shown):,} more")
         # One line each and always as many, so that the panel keeps its height.
         lines = [waits[0] if waits else "nobody waits for the rate limiter", *self._news]
         notes = [Text(line, style="dim", no_wrap=True, overflow="ellipsis") for line in lines]

@@ -1,8 +1,8 @@
 """What a run leaves behind in runs/NAME: configuration, metrics, policy, learner state, summary and curve.
 
-    config.json  metrics.csv  policy.safetensors  learner.safetensors  summary.json  curve.png
+    config.json  metrics.csv  policy.safetensors  learner.safetensors  summary.json  curve.png  tensorboard/  wandb/
 
-No pickle in any of them.
+The last two by option (`reporters`). No pickle in any of them.
 """
 
 import csv
@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 import torch
 from safetensors.torch import load_file, save_file
+
+from learner.curve import draw_curve
 
 RUNS = Path("runs")
 
@@ -86,7 +88,8 @@ class RunDirectory:
             writer = csv.DictWriter(stream, columns, extrasaction="ignore")
             if header is None:
                 writer.writeheader()
-            writer.writerow({key: f"{value:.6g}" for key, value in row.items()})
+            # With all digits; empty where there is nothing.
+            writer.writerow({key: repr(float(value)) for key, value in row.items() if value == value})
 
     def metrics(self) -> list[dict[str, float]]:
         """All lines of metrics.csv, NaN where a column is empty."""
@@ -136,34 +139,8 @@ class RunDirectory:
         self._write("summary.json", msgspec.json.format(msgspec.json.encode(summary), indent=2))
 
     def draw_curve(self, title: str, threshold: float | None) -> None:
-        """Draw curve.png: returns of actors and of greedy evaluations over env steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        rows = self.metrics()
-        figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
-        steps = [row["env_steps"] for row in rows]
-        axes.plot(steps, [row["mean_return"] for row in rows], label="actors, exploring (mean of last 100 episodes)")
-        evaluated = [row for row in rows if row["eval_return"] == row["eval_return"]]
-        axes.plot(
-            [row["env_steps"] for row in evaluated],
-            [row["eval_return"] for row in evaluated],
-            marker="o",
-            markersize=3,
-            label="greedy evaluation (mean)",
-        )
-        if threshold is not None:
-            axes.axhline(threshold, color="grey", linestyle="--", linewidth=1, label=f"solved: {threshold:g}")
-        axes.set_xlabel("environment steps, all actors")
-        axes.set_ylabel("undiscounted return of an episode")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        axes.legend(loc="best", fontsize=8)
-        figure.tight_layout()
-        figure.savefig(self.path / "curve.png")
-        pyplot.close(figure)
+        """Draw curve.png from metrics.csv; see `curve`."""
+        draw_curve(self.path / "curve.png", self.metrics(), title, threshold)
 
     def _save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         unfinished = self.path / f".{name}"

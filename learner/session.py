@@ -10,7 +10,7 @@ One thread. Talks to the server through `session.client`, and knows neither netw
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -21,11 +21,13 @@ from learner.agent import TABLE, Agent
 from learner.display import Display
 from learner.evaluation import CONFIRMATION_SEED, FINAL_SEED, PROGRESS_SEED, evaluate
 from learner.rates import Rates
+from learner.reporters import Reporters
 from learner.run_directory import RunDirectory
 
 FINAL_EPISODES = 100
 _CONFIRMATION_FACTOR = 9
 _TICK_S = 0.25  # between looks at the server's figures, the crew and the clock
+_REPORT_EVERY_S = 2.0
 _SAMPLE_TIMEOUT_S = 1.0  # a wait is cut into pieces, so that the crew is tended while it lasts
 _LAST_STEP_TICK_S = 0.02
 _WRITERS_TIMEOUT_S = 30.0
@@ -40,6 +42,7 @@ class Session:
         address: str,
         run: RunDirectory,
         display: Display,
+        reporters: Reporters,
         *,
         resume: bool = False,
         tend_crew: Callable[[], Sequence[str]] = lambda: (),
@@ -52,6 +55,7 @@ class Session:
             address: of a server with a table called "replay".
             run: where files go.
             display: shows progress.
+            reporters: take the figures, every few seconds and at each evaluation.
             resume: continue from the run directory's learner state.
             tend_crew: called a few times a second; returns news of the actors.
             num_actors: for the summary; None counts the attached writers.
@@ -60,6 +64,7 @@ class Session:
         self.resumed = resume
         self.env_steps = 0
         self._run, self._display, self._tend_crew, self._num_actors = run, display, tend_crew, num_actors
+        self._reporters = reporters
         self._threshold = gym.spec(agent.env_id).reward_threshold
         display.say([f"waiting for a server at {address}"])
         self.client = rb.connect(address, timeout_s=60.0, name="learner")
@@ -82,10 +87,12 @@ class Session:
         self._rates = Rates()
         self._measures: dict[str, float | Tensor] = dict.fromkeys(agent.measures, float("nan"))
         self._row: dict[str, float] = {}
+        self._stats: dict[str, float] = {}
         self._version = 0
         self._eval_return, self._best_eval_return = float("nan"), float("-inf")
         self._solved, self._stopped_by = False, "max_env_steps"
         self._next_look_s = 0.0
+        self._next_report_s = time.monotonic() + _REPORT_EVERY_S
         period = agent.options.eval_period
         self._next_eval = period * (1 + self.env_steps // period)
 
@@ -166,15 +173,29 @@ class Session:
     def _tick(self) -> None:
         if time.monotonic() >= self._next_look_s:
             self._look()
-            self._next_look_s = time.monotonic() + _TICK_S
+            now_s = time.monotonic()
+            self._next_look_s = now_s + _TICK_S
+            if now_s >= self._next_report_s:
+                self._report(is_evaluated=False)
+
+    def _report(self, *, is_evaluated: bool) -> None:
+        """Send what `_look` saw to all places; an evaluation counts once, and not as a curve between two of them."""
+        row = self._row if is_evaluated else self._row | {"eval_return": float("nan")}
+        self._reporters.report(row, self._stats)
+        self._next_report_s = time.monotonic() + _REPORT_EVERY_S
 
     def _look(self) -> None:
         """Fetch the server's figures, show them, look after the crew."""
-        info, stats = self.client.info(), self.client.stats()
+        info, stats = self.client.info(), self.client.stats(per_client=True)
         figures = info["tables"][TABLE]
         inserts = figures["inserts"] - self._inserts_before
         self.env_steps = self._steps_before + inserts * self._steps_per_insert
-        actors = [c | {"version_lag": self._version - c["parameter_version"]} for c in info["clients"] if c["writers"]]
+        self._stats = stats
+        actors = [
+            c | {"version_lag": self._version - c["parameter_version"]} | _episodes_of(c["name"], stats)
+            for c in info["clients"]
+            if c["writers"]
+        ]
         self._row = {
             "wall_s": time.monotonic() - self._started_s,
             "env_steps": self.env_steps,
@@ -214,7 +235,7 @@ class Session:
         self._eval_return = float(returns.mean())
         self._best_eval_return = max(self._best_eval_return, self._eval_return)
         self._look()
-        self._run.append_metrics(self._row)
+        self._report(is_evaluated=True)
         self._save()
         self._display.say(
             [f"{self.env_steps:,} env steps: greedy return {self._eval_return:.1f} over {num_seeds} episodes"]
@@ -230,8 +251,9 @@ class Session:
             self._display.say([f"evaluating the final policy on {FINAL_EPISODES} episodes"])
             seeds = range(FINAL_SEED, FINAL_SEED + FINAL_EPISODES)
             final_returns = evaluate(agent.act, agent.env_id, seeds).tolist()
-            self._eval_return = float(sum(final_returns) / len(final_returns))
+            self._eval_return = self._row["eval_return"] = float(sum(final_returns) / len(final_returns))
         row = self._row
+        self._report(is_evaluated=bool(final_returns))
         summary = {
             "algo": agent.name,
             "env": agent.env_id,
@@ -241,7 +263,7 @@ class Session:
             "updates": agent.updates,
             "inserts": int(row["inserts"]),
             "samples": agent.samples,
-            "wall_s": round(row["wall_s"], 2),
+            "wall_s": row["wall_s"],
             "mean_return": row["mean_return"],
             "eval_return": self._eval_return,
             "eval_episodes": len(final_returns),
@@ -250,11 +272,18 @@ class Session:
             "stopped_by": self._stopped_by,
             "stale_updates": int(row["stale_updates"]),
             "overtaken_rows": int(row["overtaken_rows"]),
+            "stats": self._stats,
         }
-        self._run.save_summary(summary)
+        self._reporters.finish(summary)
         self._run.draw_curve(f"{agent.title}, {agent.env_id}, seed {agent.seed}", self._threshold)
         self.client.close()
         return summary
+
+
+def _episodes_of(name: str, stats: Mapping[str, float]) -> dict[str, float]:
+    """A client's part of the statistics, without the prefix."""
+    parts = (key.rpartition("/") for key in stats)
+    return {key: stats[f"{prefix}/{key}"] for prefix, _, key in parts if prefix.endswith(f"/clients/{name}")}
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ uv run scripts/reproduce.py --only cartpole-stop   one part
 """
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -105,7 +106,7 @@ def main(options: Reproduce) -> None:
             run = RunDirectory(RUNS / options.directory / f"{key}-{seed}")
             summary = finished_run(run, [*part.arguments, "--seed", str(seed)])
             if part.over_last_evaluations:
-                evaluations = [row["eval_return"] for row in run.metrics()]
+                evaluations = [row["eval_return"] for row in run.metrics() if not math.isnan(row["eval_return"])]
                 figure = statistics.median(evaluations[-_LAST_EVALUATIONS:])
             else:
                 figure = summary["eval_return"]

@@ -8,7 +8,7 @@ uv run scripts/train.py --resume runs/NAME         go on where a run stopped
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # actors and learner are not installed
@@ -21,6 +21,7 @@ from actors.environments import transition_spec
 from learner.agent import TABLE, RunOptions
 from learner.algorithms import ALGORITHMS, AlgorithmName
 from learner.display import Display
+from learner.reporters import Reporters, require_packages
 from learner.script import open_run, options_from_command_line, run_script
 from learner.session import Session, describe
 from rl_buffer.address import fresh_address
@@ -43,12 +44,17 @@ class Train:
     """Directory below runs/; by default made of algorithm, environment, seed and time."""
     resume: Path | None = None
     """Continue networks, optimizers, counters and random state of this run, e.g. runs/NAME."""
+    tensorboard: bool = False
+    """Write event files to runs/NAME/tensorboard; needs the package tensorboard."""
+    wandb: str | None = None
+    """Project of Weights & Biases that the run's figures go to; needs the package wandb."""
 
 
 def main(options: Train) -> None:
     """Start the server, the crew and the learner, and end them in the opposite order."""
     algorithm = ALGORITHMS[options.algo]
     algorithm.check_env(options.env)  # refuse before anything is made or started
+    require_packages(tensorboard=options.tensorboard, wandb=options.wandb)
     table = algorithm.make_table(options.table, options.crew, transition_spec(options.env), options.seed)
     run = open_run(options)
     make_policy = algorithm.make_policies(options.crew.num_actors, options.crew.envs_per_actor)
@@ -57,13 +63,18 @@ def main(options: Train) -> None:
         # What the actors have in common is imported from now on; to start them waits for that.
         agent = algorithm.agent(options.learner, options.env, options.seed)
         title = f"{agent.title}: {options.env}, seed {options.seed}, {run.path}"
-        with rb.BufferServer({TABLE: table}, address), Display(title, agent.measures) as display:
+        with (
+            Reporters(run, tensorboard=options.tensorboard, wandb=options.wandb, config=asdict(options)) as reporters,
+            rb.BufferServer({TABLE: table}, address),
+            Display(title, agent.measures) as display,
+        ):
             crew.start()
             session = Session(
                 agent,
                 address,
                 run,
                 display,
+                reporters,
                 resume=options.resume is not None,
                 tend_crew=crew.tend,
                 num_actors=options.crew.num_actors,

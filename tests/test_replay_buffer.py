@@ -484,7 +484,11 @@ TestThePrioritizedBufferIsTheListModel.settings = MACHINE_SETTINGS
         ({"gamma": np.nan}, r"gamma must be in \[0.0, 1.0\], got nan"),
         ({"autoreset": "sometimes"}, "autoreset 'sometimes' is unknown; expected one of"),
         ({"extras": {"goal": 3}}, r"extras\['goal'\]: expected a plain name and a Field, got 3"),
-        ({"stats_tracker": StatsTracker(3), "num_envs": 2}, "stats_tracker has num_envs 3, the buffer has 2"),
+        pytest.param(
+            {"stats_tracker": StatsTracker(3), "num_envs": 2},
+            "stats_tracker has num_envs 3, the buffer has 2",
+            id="stats_tracker of 3",  # the name of an object differs in each process
+        ),
         ({"prioritized": True, "alpha": -0.1}, "alpha is -0.1; expected a finite number >= 0"),
         ({"prioritized": True, "alpha": np.nan}, "alpha is nan; expected a finite number >= 0"),
         ({"prioritized": True, "beta": 1.1}, r"beta must be in \[0, 1\], got 1.1"),
