@@ -102,7 +102,7 @@ def copy_numbers(argument: str, target: NDArray[np.float64], value: Any, *, nan_
         target[...] = value
     else:
         _copy(argument, target, value)
-    if not target.dot(target) <= LARGEST_NUMBER**2:  # NaN fails too
+    if not np.vdot(target, target) <= LARGEST_NUMBER**2:  # NaN fails too
         bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER) & ~(nan_is_unknown & np.isnan(target)))
         if len(bad):
             raise InvalidInput(

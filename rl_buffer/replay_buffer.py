@@ -33,9 +33,9 @@ from rl_buffer.stats_tracker import StatsTracker
 from rl_buffer.tables import ReplayTable, Sample
 
 # Steps move from the history to the rows together, because each move costs some 40 us, whatever is in it; at the latest
-# when somebody looks.
+# when somebody looks. Of more bytes than a second-level cache keeps they come back from the third.
 _CHUNK_STEPS = 64
-_CHUNK_NBYTES = 4 << 20
+_CHUNK_NBYTES = 512 << 10
 
 
 class ReplayBuffer(ReplayInput):

@@ -8,6 +8,7 @@ Generations count both changes, so that parity is the row's state:
     even: free or reserved --commit: +1--> odd: committed --evict: +1--> even ...
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,12 +117,15 @@ class ReplayTableState:
         Raises:
             InvalidInput: a row out of range, a TD error that is not finite, or a table without priorities.
         """
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.config.num_rows):
+        # As unsigned numbers negative rows are too large as well: one comparison for both ends.
+        if len(rows) and rows.view(np.uint64).max() >= self.config.num_rows:
             raise InvalidInput(f"rows must be in [0, {self.config.num_rows}), got {rows.min()}..{rows.max()}")
-        if not np.isfinite(td_errors).all():
+        # A sum of squares is finite unless an error is not or is huge; only then look at each one.
+        if not math.isfinite(np.vdot(td_errors, td_errors)) and not np.isfinite(td_errors).all():
             raise InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
         # Odd: a forged update must not make a row sampleable that is still being written.
-        fresh = (self.generations[rows] == generations) & (generations % 2 == 1)
+        fresh = self.generations.take(rows) == generations
+        fresh &= (generations & 1).astype(np.bool_)
         num_stale = len(rows) - int(np.count_nonzero(fresh))
         if num_stale:
             rows, td_errors = rows[fresh], td_errors[fresh]

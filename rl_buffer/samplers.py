@@ -214,8 +214,9 @@ class PrioritizedSampler:
     def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
         """See `Sampler.update`."""
         masses = self._masses(td_errors)
-        dead = self._tree.get(rows) == 0.0
-        if dead.any():
+        before = self._tree.get(rows)
+        if np.count_nonzero(before) < len(before):
+            dead = before == 0.0
             raise InvalidInput(f"row {rows[dead.argmax()]} at position {dead.argmax()} is not live; drop stale rows")
         self._tree.set(rows, masses)
 

@@ -85,10 +85,12 @@ class StepHistory(ABC, Generic[Items]):
         self._arrays = [*self._leaves.values(), *arrays]
         self._previous_ended = np.zeros(num_envs, np.bool_)
         self._any_previous_ended = False
-        nowhere = np.zeros(num_envs, np.bool_)
-        nowhere.flags.writeable = False
         # What `stage` returns where nothing ends.
-        self._uneventful = [StagedStep(rewards, nowhere, nowhere, nowhere, None) for rewards in self._rewards]
+        self._nowhere = np.zeros(num_envs, np.bool_)
+        self._nowhere.flags.writeable = False
+        self._uneventful = [
+            StagedStep(rewards, self._nowhere, self._nowhere, self._nowhere, None) for rewards in self._rewards
+        ]
         # Of the last ends, in the first leaf of the observation: to notice that environments reset in another way.
         self._first_obs, self._first_next_obs = (next(iter(leaves.values())) for leaves in (self._obs, self._next_obs))
         self._final_obs = np.zeros_like(self._first_next_obs[0])
@@ -163,6 +165,8 @@ class StepHistory(ABC, Generic[Items]):
 
     def _ends(self, rewards: NDArray[np.float64], done: Any, truncated: Any, terminated: Any) -> StagedStep:
         flags = as_flags("done", done, self._num_envs)
+        if truncated is None and terminated is None:  # 3 us less
+            return StagedStep(rewards, flags, flags, self._nowhere, None)
         truncateds = as_flags("truncated", truncated, self._num_envs)
         if terminated is None:
             terminateds = flags & ~truncateds
@@ -185,7 +189,8 @@ class StepHistory(ABC, Generic[Items]):
 
     def _accept_ends(self, step: int, staged: StagedStep) -> None:
         self._terminated[step] = staged.terminated
-        self._truncated[step] = staged.truncated
+        if staged.truncated is not self._nowhere:
+            self._truncated[step] = staged.truncated
         self._cut[step] = staged.ended
         if staged.dummy is not None:
             self._dummy[step] = staged.dummy
@@ -195,14 +200,14 @@ class StepHistory(ABC, Generic[Items]):
         if self._checks_resets and self._any_previous_ended:
             obs, next_obs = self._first_obs[step], self._first_next_obs[step]
             # One by one, as there are few: of 64 environments 1 us each, where all at once took 9.
-            for env in np.flatnonzero(staged.ended).tolist():
+            for env in staged.ended.nonzero()[0].tolist():
                 self._final_obs[env] = next_obs[env]
                 self._final_moved[env] = _differ(obs[env], next_obs[env])
 
     def _check_resets(self, rewards: NDArray[np.float64]) -> None:
         """Say, once, that a step after an end does not look like `autoreset`: rows would be wrong or missing."""
         obs = self._first_obs[self.num_steps]
-        for env in np.flatnonzero(self._previous_ended).tolist():
+        for env in self._previous_ended.nonzero()[0].tolist():
             goes_on = not _differ(obs[env], self._final_obs[env])
             if self._autoreset is None:
                 suspicious = goes_on and self._final_moved[env] and rewards[env] == 0
@@ -278,7 +283,7 @@ class StepHistory(ABC, Generic[Items]):
         for path, leaf in self._leaves.items():
             yield f"leaves/{path}", leaf
         for name, value in vars(self).items():
-            if isinstance(value, np.ndarray):
+            if isinstance(value, np.ndarray) and value is not self._nowhere:
                 yield name.lstrip("_"), value
 
     def _forget(self, num_steps: int) -> None:

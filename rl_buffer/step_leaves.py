@@ -71,8 +71,9 @@ class StepLeaves:
         """
         for rows in self._floats:
             row = rows[step]
-            # A sum of squares is finite unless an element is not or is huge; only then look at each one.
-            if not math.isfinite(row.dot(row)):
+            # A sum of squares is finite unless an element is not or is huge; only then look at each one. (Not `dot`,
+            # which warns where the sum overflows.)
+            if not math.isfinite(np.vdot(row, row)):
                 for argument, leaf in self._leaves:
                     require_finite(argument, leaf[step])
 
