@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import os
 import signal
 import sys
 import time
@@ -25,14 +26,13 @@ _LOOK_EVERY_S = 0.2
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; the process ends with its exit status."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         status = options.run(options)
     except KeyboardInterrupt:
         status = 130
-    except BrokenPipeError:  # `| head`
-        with contextlib.suppress(OSError):
-            sys.stderr.close()
+    except BrokenPipeError:  # `| head`; what is left in the buffer goes nowhere, and Python says nothing of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (RLBufferError, OSError) as error:
         print(f"rl-buffer: {type(error).__name__}: {error}", file=sys.stderr)
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(status)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """All commands with their options; `run` of what it parses is the function that does it."""
     parser = argparse.ArgumentParser("rl-buffer", description="Serve experience tables and look at what goes on.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

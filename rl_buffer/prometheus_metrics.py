@@ -31,6 +31,11 @@ _OF_TABLES = (
     ("overtaken_rows", "overtaken_rows_total", "Drawn rows that were overwritten before they were gathered."),
     ("samples_per_insert", "samples_per_insert_ratio", "Draws per item since the table began."),
 )
+_OF_LIMITERS = (  # (key in "limiter", metric, help); no bound has no sample
+    ("cursor", "cursor_draws", "Draws that the inserts so far have earned, less those granted."),
+    ("min_diff", "min_diff_draws", "The cursor below which sampling waits."),
+    ("max_diff", "max_diff_draws", "The cursor above which inserting waits."),
+)
 # (key in "sampled_items", metric, help): a sample for each quantile.
 _OF_SAMPLED_ITEMS = (
     ("age_steps", "sampled_item_age_items", "Items inserted since, of the items drawn last."),
@@ -61,6 +66,12 @@ def metrics_of(info: Mapping[str, Any]) -> Iterator[Metric]:
         yield _family(f"rl_buffer_table_{name}", help_text, ("table",), samples)
     waits = [((table,), len(figures["waits"])) for table, figures in tables.items()]
     yield _family("rl_buffer_table_waits", "Queues of the table in which somebody waits.", ("table",), waits)
+    stuck = [((table,), float(bool(figures["stuck"]))) for table, figures in tables.items()]
+    yield _family("rl_buffer_table_stuck", "1 if nobody who waits at the table can move.", ("table",), stuck)
+    limiters = {table: figures["limiter"] for table, figures in tables.items() if "limiter" in figures}
+    for key, name, help_text in _OF_LIMITERS:
+        samples = [((table,), limiter[key]) for table, limiter in limiters.items() if limiter[key] is not None]
+        yield _family(f"rl_buffer_table_limiter_{name}", help_text, ("table",), samples)
     for key, name, help_text in _OF_SAMPLED_ITEMS:
         of_tables = ((table, figures["sampled_items"][key]) for table, figures in tables.items())
         yield _family(f"rl_buffer_table_{name}", help_text, ("table", "quantile"), _quantiles(of_tables))

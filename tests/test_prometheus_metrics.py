@@ -18,7 +18,7 @@ TABLES = {
     "rollout": rb.RolloutTable(SPEC, num_steps=2, num_envs=1),
 }
 # The last word of a name that has no _total, _ratio, _seconds or _version.
-UNITS = {"up", "items", "rows", "waits", "uses", "lag", "priority", "clients", "fragments"}
+UNITS = {"up", "items", "rows", "waits", "uses", "lag", "priority", "clients", "fragments", "draws", "stuck"}
 
 
 def parsed(text):
@@ -59,6 +59,8 @@ def test_metrics_are_what_info_says(server, connect):
     assert value(families, "rl_buffer_table_samples_total", table="replay") == 20
     assert value(families, "rl_buffer_table_samples_per_insert_ratio", table="replay") == 0.2
     assert value(families, "rl_buffer_table_capacity_items", table="rollout") == 16
+    assert value(families, "rl_buffer_table_limiter_cursor_draws", table="replay") == 80
+    assert value(families, "rl_buffer_table_stuck", table="replay") == 0
     items = info["tables"]["replay"]["sampled_items"]
     for quantile, key in (("0.5", "p50"), ("0.9", "p90"), ("1", "max")):
         labels = {"table": "replay", "quantile": quantile}

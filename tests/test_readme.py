@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rl_buffer import cli
+from rl_buffer.table_file import read_tables
+from rl_buffer.top_screen import _CLIENT_COLUMNS, _TABLE_COLUMNS, _columns
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DEADLINE_S = 150.0
@@ -39,22 +43,53 @@ def test_the_two_commands_are_complete_and_ci_runs_the_second():
     assert BOOTSTRAP + "uv run pytest\n" in (ROOT / ".ci" / "run").read_text()
 
 
+def help_of(*program: str) -> str:
+    """What a script says of itself."""
+    known = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, timeout=DEADLINE_S)
+    assert known.returncode == 0, known.stderr
+    return known.stdout
+
+
+def is_of_rl_buffer(command: str) -> bool:
+    return command.startswith("uv run rl-buffer ")
+
+
 def test_every_command_names_a_script_that_exists_with_options_that_it_knows():
     helps: dict[str, str] = {}
     for command in commands():
         words = shlex.split(command.removeprefix(BOOTSTRAP))
         assert words[:2] == ["uv", "run"], command
-        if words[2] == "pytest":
+        if words[2] == "pytest" or is_of_rl_buffer(command):
             continue
         if words[2] not in helps:
-            known = subprocess.run(
-                [sys.executable, ROOT / words[2], "--help"], capture_output=True, text=True, timeout=DEADLINE_S
-            )
-            assert known.returncode == 0, known.stderr
-            helps[words[2]] = known.stdout
+            helps[words[2]] = help_of(str(ROOT / words[2]))
         for option in re.findall(r"(?<!\S)(--[a-z-]+)", command):
             assert re.search(rf"{option}\b", helps[words[2]]), f"{command}: {option} is not in --help"
     assert set(helps) == {f"scripts/{path.name}" for path in (ROOT / "scripts").glob("*.py")}
+
+
+def test_every_use_of_the_installed_command_is_one_that_it_knows():
+    used = set()
+    for command in filter(is_of_rl_buffer, commands()):
+        arguments = shlex.split(command)[3:]
+        cli.parser().parse_args(arguments)  # ends the process where it does not understand
+        used.add(arguments[0])
+    assert used == {"serve", "top", "info", "stats", "checkpoint", "doctor"}
+
+
+def test_the_tables_of_the_page_can_be_served(tmp_path):
+    path = tmp_path / "tables.toml"
+    for block in blocks("toml"):
+        path.write_text(block)
+        assert read_tables(path)["replay"].capacity == 100_000
+
+
+def test_the_screen_of_the_page_has_the_columns_of_top():
+    (screen,) = (block for block in blocks("text") if block.startswith("rl_buffer ipc://"))
+    lines = screen.splitlines()
+    assert max(map(len, lines)) <= 80
+    for columns in (_TABLE_COLUMNS, _CLIENT_COLUMNS):
+        assert _columns(columns, [heading for heading, _, _ in columns], 80, "").plain.rstrip() in lines
 
 
 def test_every_message_of_the_troubleshooting_is_one_that_the_package_has():
