@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 550.0  # half a minute where nothing else runs: only a hang reaches it
+DEADLINE_S = 850.0  # a minute where nothing else runs: only a hang reaches it
+SERVED_PEERS = {"cpprb MP": "cpprb", "Reverb": None}
 PEERS = {"cpprb": "cpprb", "SB3": "stable-baselines3", "torchrl": "torchrl"}
 BUFFER_OPERATIONS = {("prioritized get of 256", size): {"rl_buffer", "gather only", "cpprb"} for size in ("1 k", "4 k")}
 BUFFER_OPERATIONS |= {
@@ -33,6 +34,34 @@ STARTUP_OPERATIONS |= {
 }
 LOOPS = {"loop over floats", "loop over arrays", "loop over tensors"}
 GAE_OPERATIONS = {("GAE of a rollout", size): {"rl_buffer", "torchrl"} | LOOPS for size in ("128 x 8", "128 x 1024")}
+
+SERVED_OPERATIONS = {
+    (operation, "2 writers"): {"rl_buffer", *SERVED_PEERS}
+    for operation in (
+        "inserts, with a learner",
+        "samples, with writers",
+        "sample and update, p50",
+        "sample and update, p99",
+    )
+}
+SERVED_OPERATIONS |= {
+    (operation, size): {"rl_buffer", "cpprb MP"}
+    for operation in ("samples per second of the learner's CPU", "samples of the learner", "learner waits")
+    for size in ("1", "2")
+}
+SERVED_OPERATIONS |= {
+    ("images read by the learner", "alone"): {"rl_buffer", "index_select", "copy"},
+    ("images read by the learner", "2 writers, 12.5 k/s"): {"rl_buffer"},
+    ("images in, with a learner", "2 writers, all they can"): {"rl_buffer", "cpprb MP"},
+    ("images out, with writers", "2 writers, all they can"): {"rl_buffer", "cpprb MP"},
+    ("bytes in, with a learner", "4 KB"): {"rl_buffer", *SERVED_PEERS},
+    ("bytes out, with 2 writers", "4 KB"): {"rl_buffer", *SERVED_PEERS},
+}
+SERVED_OPERATIONS |= {
+    (operation, size): {"rl_buffer"}
+    for operation in ("messages per second of the server's CPU", "a core that the server takes")
+    for size in ("2 writers, all they can", "the Ape-X paper's load")
+}
 
 
 def run_bench(*options):
@@ -59,13 +88,13 @@ def test_every_operation_has_a_measurement_of_every_candidate_or_says_why_not(be
     for row in document["measurements"]:
         found.setdefault((row["operation"], row["size"]), set()).add(row["candidate"])
         if "missing" in row:
-            peer = PEERS.get(row["candidate"])
+            peer = (PEERS | SERVED_PEERS).get(row["candidate"])
             is_slow = (row["size"], row["candidate"]) == ("128 x 1024", "loop over tensors")
-            assert is_slow or document["environment"]["versions"][peer] is None, row
+            assert is_slow or peer is None or document["environment"]["versions"][peer] is None, row
         else:
-            (spread,) = (row[unit] for unit in ("microseconds", "seconds", "megabytes") if unit in row)
-            assert 0 < spread["min"] <= spread["q1"] <= spread["median"] <= spread["q3"]
-    assert found == BUFFER_OPERATIONS | GAE_OPERATIONS | STARTUP_OPERATIONS
+            (spread,) = (value for value in row.values() if isinstance(value, dict))
+            assert 0 <= spread["min"] <= spread["q1"] <= spread["median"] <= spread["q3"]
+    assert found == BUFFER_OPERATIONS | GAE_OPERATIONS | STARTUP_OPERATIONS | SERVED_OPERATIONS
 
 
 def test_ratios_compare_each_measured_candidate_with_ours(bench):
@@ -75,6 +104,21 @@ def test_ratios_compare_each_measured_candidate_with_ours(bench):
     for row in document["ratios"]:
         assert row["faster"] == row["slower"] | {"candidate": "rl_buffer"}
         assert 0 < row["ratio"]["q1"] <= row["ratio"]["q3"]
+
+
+def test_of_rates_the_ratio_is_how_many_times_ours_is_as_high(bench):
+    _, document, _ = bench
+    rows = {(row["operation"], row["size"], row["candidate"]): row for row in document["measurements"]}
+    (ratio,) = (
+        row["ratio"]
+        for row in document["ratios"]
+        if (row["slower"]["operation"], row["slower"]["candidate"]) == ("images read by the learner", "copy")
+    )
+    ours, copy = (
+        rows["images read by the learner", "alone", name]["gigabytes_per_second"] for name in ("rl_buffer", "copy")
+    )
+    assert ours["min"] / copy["q3"] <= ratio["median"] + 1e-9
+    assert ratio["min"] <= 1.0 or ours["q3"] >= copy["min"]
 
 
 def test_the_run_says_where_and_with_what_it_was_made(bench):
@@ -91,7 +135,7 @@ def test_bars_of_sizes_that_were_not_measured_are_neither_met_nor_failed(bench):
     _, document, _ = bench
     for bar in document["bars"]:
         assert (bar["met"] is None) == (bar["measured"] is None)
-        assert (bar["met"] is None) == (not bar["promise"].startswith(("GAE", "an actor without torch")))
+        assert bar["met"] is not None or not bar["promise"].startswith(("GAE", "an actor without torch", "images"))
 
 
 def test_figures_of_a_start_are_in_seconds_and_in_megabytes_of_the_process_that_they_are_of(bench):
@@ -127,9 +171,11 @@ def test_the_chart_shows_something(bench):
 
 
 def test_an_unknown_section_is_refused_with_those_that_there_are():
-    result = run_bench("--quick", "--sections", "images")
+    result = run_bench("--quick", "--sections", "gpu")
     assert result.returncode == 1
-    assert result.stderr.splitlines() == ["InvalidInput: --sections takes in-process, gae, startup, not images"]
+    assert result.stderr.splitlines() == [
+        "InvalidInput: --sections takes in-process, gae, startup, mixed, stall, images, payload, server, not gpu"
+    ]
 
 
 @pytest.fixture

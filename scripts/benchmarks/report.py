@@ -14,7 +14,14 @@ from rich.table import Table
 
 from benchmarks.measure import OURS, Case, Measurement
 
-_SIZE_LABELS = {"in-process": "transitions in the buffer", "gae": "steps x envs", "startup": "actors started at once"}
+_SIZE_LABELS = {
+    "in-process": "transitions in the buffer",
+    "gae": "steps x envs",
+    "startup": "actors started at once",
+    "stall": "writers",
+    "payload": "bytes of a transition",
+}
+_CURVES = {"stall"}  # sections whose sizes are numbers that a line may join
 _LINEAR = 100  # an axis from 0, on which lengths can be compared, up to this ratio of largest to smallest
 
 
@@ -40,9 +47,11 @@ class Report:
         self._candidates = _distinct(m.case.candidate for m in measurements)
 
     def ratio(self, slower: Case, faster: Case) -> dict[str, float] | None:
-        """Turn by turn; None where one of them was not measured."""
+        """Turn by turn, of rates the faster over the slower; None where one of them was not measured."""
         if slower not in self._values or faster not in self._values:
             return None
+        if self._units[slower].more_is_better:
+            slower, faster = faster, slower
         return _spread(self._values[slower] / self._values[faster])
 
     def measurements(self) -> list[dict[str, Any]]:
@@ -90,7 +99,9 @@ class Report:
             axes.axis("off")
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
         figure.legend(handles, self._candidates, loc="outside lower center", ncols=len(handles))
-        figure.suptitle("Medians, with whiskers from quartile to quartile; calls are timed with one thread")
+        figure.suptitle(
+            "Medians, with whiskers from quartile to quartile; calls in one process are timed with one thread"
+        )
         figure.savefig(path)
         pyplot.close(figure)
 
@@ -101,7 +112,7 @@ class Report:
         table = Table("operation", "size", "unit", *names, title=title)
         for operation, size, unit in _distinct((case.operation, case.size, self._units[case].name) for case in cases):
             rows = (cases.get(Case(operation, size, name)) for name in names)
-            table.add_row(operation, size, unit, *("" if m is None else self._cell(m) for m in rows))
+            table.add_row(operation, size, _words(unit), *("" if m is None else self._cell(m) for m in rows))
         return table
 
     def _cell(self, measurement: Measurement) -> str:
@@ -124,6 +135,9 @@ class Report:
     def _draw_operation(self, axes: Any, operation: str) -> None:
         cases = [case for case in self._values if case.operation == operation]
         sizes, names = _distinct(case.size for case in cases), _distinct(case.candidate for case in cases)
+        if self._section(operation) in _CURVES:
+            self._draw_curves(axes, cases, sizes, names)
+            return
         width = 0.85 / len(names)
         for i, name in enumerate(names):
             mine = [case for case in cases if case.candidate == name]
@@ -139,12 +153,34 @@ class Report:
         axes.margins(y=0.1)
         axes.set_xticks(range(len(sizes)), sizes)
         axes.set_xlabel(self._size_label(operation))
-        axes.set_ylabel(self._units[cases[0]].name)
+        axes.set_ylabel(_words(self._units[cases[0]].name))
         axes.set_title(operation, fontsize=10)
 
+    def _draw_curves(self, axes: Any, cases: list[Case], sizes: list[str], names: list[str]) -> None:
+        """A line for each candidate, over the numbers that sizes are; a band from quartile to quartile."""
+        for name in names:
+            spreads = [self._shown(case) for case in cases if case.candidate == name]
+            low, middle, high = ([s[key] for s in spreads if s] for key in ("q1", "median", "q3"))
+            axes.plot(range(len(sizes)), middle, marker="o", color=self._colour(name))
+            axes.fill_between(range(len(sizes)), low, high, alpha=0.2, color=self._colour(name))
+            for place, value in enumerate(middle):
+                axes.annotate(_rounded(value), (place, value), (0, 5), textcoords="offset points", fontsize=7)
+        medians = [np.median(self._values[case]) for case in cases]
+        if max(medians) > _LINEAR / 10 * min(medians):
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.margins(y=0.15)
+        axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xlabel(self._size_label(cases[0].operation))
+        axes.set_ylabel(_words(self._units[cases[0]].name))
+        axes.set_title(cases[0].operation, fontsize=10)
+
+    def _section(self, operation: str) -> str:
+        return next(m.section for m in self._measurements if m.case.operation == operation)
+
     def _size_label(self, operation: str) -> str:
-        section = next(m.section for m in self._measurements if m.case.operation == operation)
-        return _SIZE_LABELS[section]
+        return _SIZE_LABELS.get(self._section(operation), "")
 
     def _shown(self, case: Case) -> dict[str, float] | None:
         """The spread in the case's unit; None where it was not measured."""
@@ -158,6 +194,10 @@ class Report:
 
 def _ours(case: Case) -> Case:
     return Case(case.operation, case.size, OURS)
+
+
+def _words(unit: str) -> str:
+    return unit.replace("_", " ")
 
 
 def _distinct(things: Any) -> list[Any]:
