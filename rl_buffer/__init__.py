@@ -5,7 +5,8 @@
     layer       modules
     pure        errors, failpoints, spec, allocator, kernels, sum_tree, row_set, importance, samplers, rate_limiters,
                 waits, n_step, stats_tracker, server_stats, diagnostics, tables, inputs, step_leaves, episode_ends,
-                step_history, transition_history, sequence_history, offline, replay_input, replay_table, rollout_table,
+                step_history, transition_history, sequence_history, offline, replay_input, replay_table, consumed_table,
+                rollout_table, table_states,
                 parameter_slots, address, buffer_arguments, gae, rollout_fragment
     memory      storage, peers, descriptors, directory, local_rows, buffer_files, checkpoint_file, checkpoint
     buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_batches, rollout_buffer
@@ -38,7 +39,9 @@ if TYPE_CHECKING:
     from rl_buffer.errors import ServerLost as ServerLost
     from rl_buffer.prioritized_replay_buffer import PrioritizedReplayBuffer as PrioritizedReplayBuffer
     from rl_buffer.rate_limiters import MinSize as MinSize
+    from rl_buffer.rate_limiters import Queue as Queue
     from rl_buffer.rate_limiters import SampleToInsertRatio as SampleToInsertRatio
+    from rl_buffer.rate_limiters import Stack as Stack
     from rl_buffer.replay_buffer import ReplayBuffer as ReplayBuffer
     from rl_buffer.rollout_batches import RolloutBatch as RolloutBatch
     from rl_buffer.rollout_buffer import RolloutBuffer as RolloutBuffer
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from rl_buffer.rollout_reader import Rollouts as Rollouts
     from rl_buffer.rollout_writer import RolloutWriter as RolloutWriter
     from rl_buffer.sampler import ReplaySampler as ReplaySampler
+    from rl_buffer.samplers import Fifo as Fifo
+    from rl_buffer.samplers import Lifo as Lifo
     from rl_buffer.samplers import Prioritized as Prioritized
     from rl_buffer.samplers import Uniform as Uniform
     from rl_buffer.server import BufferServer as BufferServer
@@ -64,12 +69,15 @@ _MODULES = {
     "ConnectionRefused": "errors",
     "DeadlineExceeded": "errors",
     "Field": "spec",
+    "Fifo": "samplers",
     "ForkedClient": "errors",
     "InvalidInput": "errors",
+    "Lifo": "samplers",
     "MinSize": "rate_limiters",
     "NotEnoughMemory": "errors",
     "Prioritized": "samplers",
     "PrioritizedReplayBuffer": "prioritized_replay_buffer",
+    "Queue": "rate_limiters",
     "RLBufferError": "errors",
     "ReplayBatch": "batches",
     "ReplayBuffer": "replay_buffer",
@@ -86,6 +94,7 @@ _MODULES = {
     "SampleToInsertRatio": "rate_limiters",
     "SequenceBatch": "batches",
     "ServerLost": "errors",
+    "Stack": "rate_limiters",
     "StatsTracker": "stats_tracker",
     "TransitionSpec": "spec",
     "Uniform": "samplers",

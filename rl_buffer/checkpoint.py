@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 from rl_buffer.checkpoint_file import CheckpointReader, Part
 from rl_buffer.errors import InvalidInput
 from rl_buffer.parameter_slots import NUM_SLOTS, ParameterSlots
-from rl_buffer.replay_table import ReplayTableState
-from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.spec import Field
 from rl_buffer.stats_tracker import StatsTracker
+from rl_buffer.table_states import TableState
 from rl_buffer.tables import ReplayTable, RolloutTable
 
 _FORMAT = 1
@@ -90,13 +89,13 @@ class Cut(NamedTuple):
     arrays: list[NDArray[Any]]
 
 
-def cut_nbytes(tables: Mapping[str, ReplayTableState | RolloutTableState]) -> int:
+def cut_nbytes(tables: Mapping[str, TableState]) -> int:
     """About the bytes that the arrays of a `Cut` will take."""
     return _WORD_NBYTES * sum(2 * state.config.num_rows for state in tables.values())
 
 
 def take_cut(
-    tables: Mapping[str, ReplayTableState | RolloutTableState],
+    tables: Mapping[str, TableState],
     parameters: Mapping[str, ParameterMemory],
     stats: StatsTracker,
     writers: Mapping[str, tuple[int, int]],
@@ -157,7 +156,10 @@ def read_contents(reader: CheckpointReader, tables: Mapping[str, ReplayTable | R
                 raise InvalidInput(f"{what} {key} {before}, this server has {now}")
         if saved.digest != config.layout.digest:
             raise InvalidInput(f"{what} another order of fields: {list(saved.config.layout.fields)}")
-        room = config.num_fragments if isinstance(config, RolloutTable) else config.capacity
+        # What learners held comes back, and then more wait than the capacity of a table whose items leave.
+        room = config.num_rows
+        if isinstance(config, ReplayTable) and not config.max_times_sampled:
+            room = config.capacity
         if saved.num_items > room:
             raise InvalidInput(f"{what} {saved.num_items} items, this server has room for {room}")
     return contents
@@ -166,7 +168,7 @@ def read_contents(reader: CheckpointReader, tables: Mapping[str, ReplayTable | R
 def restore(
     reader: CheckpointReader,
     contents: Contents,
-    tables: Mapping[str, ReplayTableState | RolloutTableState],
+    tables: Mapping[str, TableState],
     rows: Mapping[str, NDArray[np.int64]],
     stats: StatsTracker,
 ) -> None:

@@ -104,7 +104,7 @@ class Credit(NamedTuple):
     num_overtaken: int  # rows replaced by spares since the last credit
     rows: NDArray[np.int64]  # [N] whose priorities change
     generations: NDArray[np.int64]  # [N]
-    td_errors: NDArray[np.float64]  # [N]
+    td_errors: NDArray[np.float64]  # [N]; NaN: this item of a table whose items leave was copied
 
     def encode(self) -> bytes:
         """One frame."""

@@ -10,9 +10,11 @@ page cache outlives it. That is all that is relied on: nothing is synchronised, 
                                   -c  reserved for client c (rollouts: being written by it)
                                    0  free
                                   +n  replay: its n-th commit; there while n > max(published - capacity, cleared), else
-                                      free. rollouts: finished, with the number n - 1
+                                      free. rollouts: finished, with the number n - 1. Where items leave with their
+                                      last use (below: items): the n-th commit, there
       masses [num_rows]         prioritized: the very leaves of the sum tree
       versions, readers [.]     rollouts: of each finished fragment, the parameter version and the client that reads it
+      readers, uses [.]         items: the client that reads it, and how often it was read
       counts                    published, cleared, samples, drops, and which of two
       limiters                    describes the limiter, if it is another than the table's configuration has
     of the server
@@ -24,7 +26,8 @@ page cache outlives it. That is all that is relied on: nothing is synchronised, 
       journal                   the operation under way
 
 Order and eviction need no records: committed are the rows with the `capacity` largest numbers, so it is the publishing
-of a commit that evicts. A clear is one store as well, of `cleared`.
+of a commit that evicts. A clear is one store as well, of `cleared`. Of items both are operations of their own, before
+the commit.
 
 1. What is one word is stored in place, before a message tells of it: reservations and releases (a word a row), the
    number of samples, priorities (a word a row: an update that a kill cuts short has reached some rows). Another limiter
@@ -33,6 +36,8 @@ of a commit that evicts. A clear is one store as well, of `cleared`.
    is written there, then armed by one store. At that moment the commit happens. Only then it is carried out in place,
    and the journal disarmed. If a kill comes between, the next server carries it out again by the same code; every store
    is of a fixed value, so it does not matter how often. What is in a journal that is not armed means nothing.
+   That fragments or items are free is one such operation too. Of items the count of samples follows it, and may be one
+   release behind after a kill.
 3. All else follows and is made anew (`recovery`): queues, sums over the masses, sets. Committed rows have an odd
    generation, all others an even one, and none ever falls; rows of an armed commit get their initial priorities again.
 4. A client that had not left keeps its reservations while its process may live: it may still write. Not written down,
@@ -128,10 +133,17 @@ class Ledger:
         """So many samples were granted in all, the last ones not sent yet."""
 
     def leased(self, table: str, rows: Rows, client: int, num_samples: int) -> None:
-        """Finished fragments are the client's to read, who does not know it yet; so many were handed out in all."""
+        """Finished fragments, or items, are the client's to read, who does not know it yet.
+
+        So many were handed out in all; of items only those count that their readers have finished, so that what is
+        given back needs no other count.
+        """
+
+    def used(self, table: str, rows: Rows, uses: Rows) -> None:
+        """Items were read, `uses[row]` times in all, and wait again."""
 
     def given_back(self, table: str, rows: Rows) -> None:
-        """Fragments are finished again, and not being read."""
+        """Fragments are finished again, items wait again, and are not being read."""
 
     def emptied(self, table: str, rows: Rows, num_dropped: int) -> None:
-        """Fragments are free, read or dropped; so many were dropped in all."""
+        """Fragments or items are free: read, dropped or evicted; so many fragments were dropped in all."""

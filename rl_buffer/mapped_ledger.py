@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.allocator import Rows
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.ledger import NO_PROGRESS, Ledger
 from rl_buffer.peers import Process
 from rl_buffer.rate_limiters import LimiterConfig, MinSize, RateLimiter, SampleToInsertRatio
-from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.samplers import Prioritized
 from rl_buffer.server_stats import MAX_CLIENTS as MAX_CLIENT_NAMES
@@ -25,6 +25,7 @@ from rl_buffer.server_stats import MAX_NAME_LENGTH, ClientRecord, ServerStats, c
 from rl_buffer.sessions import WriterProgress
 from rl_buffer.spec import Field
 from rl_buffer.stats_tracker import Episode, Moments, StatsTracker
+from rl_buffer.table_states import TableState
 from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
 MAX_CLIENTS = 1 << 12
@@ -78,6 +79,7 @@ class TableRecord:
     masses: NDArray[np.float64]
     versions: NDArray[np.int64]
     readers: NDArray[np.int64]
+    uses: NDArray[np.int64]
 
 
 class MappedLedger(Ledger):
@@ -106,7 +108,7 @@ class MappedLedger(Ledger):
                 _words(arrays[f"{name}/counts"]),
                 *(
                     arrays.get(f"{name}/{part}", nothing)
-                    for part in ("limiters", "claims", "masses", "versions", "readers")
+                    for part in ("limiters", "claims", "masses", "versions", "readers", "uses")
                 ),
             )
             for number, (name, config) in enumerate(sorted(tables.items()))
@@ -208,7 +210,7 @@ class MappedLedger(Ledger):
     def cleared(self, table: str) -> None:
         """See `Ledger.cleared`."""
         record = self.tables[table]
-        if isinstance(record.config, RolloutTable):
+        if len(record.readers):
             self._empty(record, np.flatnonzero((record.claims > 0) & (record.readers == 0)))
         else:
             record.counts[CLEARED] = record.counts[PUBLISHED]
@@ -237,6 +239,12 @@ class MappedLedger(Ledger):
         self.tables[table].readers[rows] = client
         self.sampled(table, num_samples)
 
+    def used(self, table: str, rows: Rows, uses: Rows) -> None:
+        """See `Ledger.used`."""
+        record = self.tables[table]
+        record.uses[rows] = uses[rows]
+        record.readers[rows] = 0
+
     def given_back(self, table: str, rows: Rows) -> None:
         """See `Ledger.given_back`."""
         self.tables[table].readers[rows] = 0
@@ -244,7 +252,8 @@ class MappedLedger(Ledger):
     def emptied(self, table: str, rows: Rows, num_dropped: int) -> None:
         """See `Ledger.emptied`."""
         record = self.tables[table]
-        self._empty(record, rows)
+        if len(rows):
+            self._empty(record, rows)
         record.counts[NUM_DROPPED] = num_dropped
 
     def _empty(self, record: TableRecord, fragments: Rows) -> None:
@@ -268,7 +277,12 @@ class MappedLedger(Ledger):
             record.versions[rows] = version
             record.readers[rows] = 0
             record.claims[rows] = claim
+        elif not claim:
+            record.readers[rows] = 0
+            record.claims[rows] = 0
         else:
+            if len(record.uses):
+                record.uses[rows] = 0
             record.claims[rows] = np.arange(published - num_rows + 1, published + 1)
         reached("server.half_carried_out")
         record.counts[PUBLISHED] = published
@@ -389,7 +403,7 @@ class MappedLedger(Ledger):
 
     def adopt(
         self,
-        states: Mapping[str, ReplayTableState | RolloutTableState],
+        states: Mapping[str, TableState],
         stats: ServerStats,
         writers: Mapping[bytes, WriterProgress],
     ) -> None:
@@ -403,7 +417,13 @@ class MappedLedger(Ledger):
                     record.claims[row], record.versions[row] = number + 1, version
                 counts = (state.num_commits, 0, state.num_handed_out, state.num_dropped, 0)
             else:
-                published, committed = state.limiter.num_inserts, state.allocator.committed()
+                published = state.limiter.num_inserts
+                if isinstance(state, ConsumedTableState):
+                    committed = np.concatenate(state.freeze().rows)
+                    state.copied(len(committed))
+                    record.uses[committed] = state.uses[committed]
+                else:
+                    committed = state.allocator.committed()
                 record.claims[committed] = np.arange(published - len(committed), published) + 1
                 counts = (published, published - len(committed), state.limiter.num_samples, 0, 0)
                 if state.limiter.state()["limiter"] is not None:
@@ -431,7 +451,9 @@ def ledger_fields(tables: Tables, stats: StatsConfig) -> dict[str, Field]:
     """The arrays that a ledger of these tables needs, each of 8-byte items."""
     num_metrics = len(stats.extra_metrics_keys) + len(stats.done_reason_keys)
     most_rows = max(
-        table.num_fragments if isinstance(table, RolloutTable) else min(table.capacity, table.num_rows - table.capacity)
+        min(table.capacity, table.num_rows - table.capacity)
+        if isinstance(table, ReplayTable) and not table.max_times_sampled
+        else table.num_rows  # of which any may leave together
         for table in tables.values()
     )
     fields = {
@@ -459,6 +481,8 @@ def ledger_fields(tables: Tables, stats: StatsConfig) -> dict[str, Field]:
             fields |= {f"{name}/{part}": Field((table.num_rows,), "int64") for part in ("versions", "readers")}
         else:
             fields[f"{name}/limiters"] = Field((2, _LIMITER_LENGTH), "int64")
+            if table.max_times_sampled:
+                fields |= {f"{name}/{part}": Field((table.num_rows,), "int64") for part in ("readers", "uses")}
             if isinstance(table.sampler, Prioritized):
                 fields[f"{name}/masses"] = Field((table.num_rows,), "float64")
     return fields

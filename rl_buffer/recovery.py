@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.errors import RLBufferError
 from rl_buffer.failpoints import reached
 from rl_buffer.mapped_ledger import CLEARED, NUM_DROPPED, NUM_SAMPLES, PUBLISHED, MappedLedger, TableRecord
@@ -17,13 +18,14 @@ from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import Fragment, RolloutTableState
 from rl_buffer.server_core import ServerCore
 from rl_buffer.sessions import ReaderChannel, Session, WriterChannel
+from rl_buffer.table_states import TableState
 from rl_buffer.tables import ReplayTable, RolloutTable
 
 Rows = NDArray[np.int64]
 _LAST_CHANNEL = 2**32 - 1
 
 
-def resumed_table(ledger: MappedLedger, name: str, generations: Rows) -> ReplayTableState | RolloutTableState:
+def resumed_table(ledger: MappedLedger, name: str, generations: Rows) -> TableState:
     """The table as it was, with `generations` ([num_rows], shared with clients) as they were left.
 
     Raises:
@@ -33,6 +35,8 @@ def resumed_table(ledger: MappedLedger, name: str, generations: Rows) -> ReplayT
     if isinstance(record.config, RolloutTable):
         return _resumed_rollouts(record, record.config, generations)
     try:
+        if record.config.max_times_sampled:
+            return _resumed_items(ledger, name, record, record.config, generations)
         return _resumed_replay(ledger, name, record, record.config, generations)
     except ValueError as error:
         raise _damaged(name, str(error)) from error
@@ -71,6 +75,38 @@ def _resumed_replay(
     if interrupted is not None:
         state.commit_priorities_again(*interrupted)
     state.reserve(len(held))  # the first free ones
+    return state
+
+
+def _resumed_items(
+    ledger: MappedLedger, name: str, record: TableRecord, config: ReplayTable, generations: Rows
+) -> ConsumedTableState:
+    published, items = record.counts[PUBLISHED], np.flatnonzero(record.claims > 0)
+    items = items[np.argsort(record.claims[items], kind="stable")]
+    if len(items) and (record.claims[items[-1]] > published or not np.diff(record.claims[items]).all()):
+        raise ValueError(f"{len(items)} rows claim to be different ones of {published} commits")
+    is_item = record.claims > 0
+    generations[:] = _with_parity(generations, is_item)
+    reading = items[record.readers[items] > 0]
+    masses = None
+    if len(record.masses):
+        masses = record.masses
+        masses[~is_item] = 0.0
+        masses[reading] = 0.0
+        if not np.isfinite(masses).all() or masses.min() < 0:
+            raise ValueError("a priority is not a finite number >= 0")
+    known = None if masses is None else masses.copy()
+    state = ConsumedTableState(config, generations, masses)
+    limiter = {"counts": {"num_inserts": published, "num_samples": record.counts[NUM_SAMPLES]}}
+    limiter["counts"]["num_deletes"] = published - len(items)
+    values = limiter | {"limiter": ledger.limiter(name)}
+    state.resume(items, record.uses[items], reading, _held(record.claims), values)
+    interrupted = ledger.interrupted(name)
+    if known is not None and interrupted is not None:
+        known[interrupted[0]] = 0.0
+    state.set_masses(known)
+    if interrupted is not None and is_item[interrupted[0]].all():
+        state.commit_priorities_again(*interrupted)
     return state
 
 

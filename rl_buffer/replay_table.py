@@ -53,6 +53,11 @@ class ReplayTableState:
         """Rows that `reserve` can hand out now."""
         return self.allocator.num_reservable
 
+    @property
+    def num_reserved(self) -> int:
+        """Rows that writers hold."""
+        return self.allocator.num_reserved
+
     def reserve(self, num_rows: int) -> Rows:
         """Let a writer hold rows; see `RowAllocator.reserve`."""
         return self.allocator.reserve(num_rows)
@@ -132,6 +137,10 @@ class ReplayTableState:
         self._sampler.update(rows, td_errors)
         self.num_stale_updates += num_stale
         return num_stale
+
+    def explain_sample(self, num_draws: int) -> str:
+        """One sentence on why a batch, which the limiter refuses, waits."""
+        return self.limiter.explain_sample(num_draws)
 
     def clear(self) -> None:
         """Forget all committed transitions; reservations and the limiter's inserts and samples stay."""

@@ -8,6 +8,9 @@ The server keeps up to `prefetch` index sets in flight, so that `sample` seldom 
 gathered when the batch is handed out. A gather of 256 rows of 192 B takes 20 us and needs no thread of its own,
 which would take the interpreter lock from the learner; on a GPU the copy overlaps with the step that is queued.
 
+Of a table whose items leave with their last use, a batch is this sampler's alone until it is gathered. That is said at
+once, with leave to send the next one. A learner that dies before gives its items back.
+
 When the server is lost, so are the batches that were on their way; those that were handed out are copies. Priorities
 for them then go to the next server, which drops and counts those of rows that it does not have.
 """
@@ -120,6 +123,8 @@ class ReplaySampler(ChannelUser):
             kept = self._gather(sample)
             if kept is not None:
                 reached("sampler.gathered")
+                if self._table.max_times_sampled:
+                    self._release(sample)
                 return self._hand_out(sample, kept, beta)
             # Every single row was overwritten meanwhile: the batch is worth nothing, the next one is newer.
             self._ask(1)
@@ -169,6 +174,12 @@ class ReplaySampler(ChannelUser):
         self._overtaken_unreported = 0
         self._outstanding += num_credits
         reached("sampler.asked")
+
+    def _release(self, sample: Sample) -> None:
+        """Say that these rows are copied, and ask for another batch."""
+        wanted = max(0, self._prefetch - self._outstanding)
+        self._send_credit(wanted, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
+        reached("sampler.released")
 
     def _gather(self, sample: Sample) -> NDArray[np.int64] | None:
         """Copy the batch's rows; return which draws it was made of, or None if no draw survived."""

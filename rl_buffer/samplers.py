@@ -8,7 +8,7 @@ wrote them or when. Clients import the configs, so nothing here imports Numba be
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 import numpy as np
@@ -44,6 +44,17 @@ class Prioritized(msgspec.Struct, frozen=True, tag=True):
             raise InvalidInput(f"alpha is {self.alpha}; expected a finite number >= 0, such as 0.6")
         if not 0.0 < self.epsilon < math.inf:
             raise InvalidInput(f"epsilon is {self.epsilon}; expected a finite number > 0, such as 1e-6")
+
+
+class Fifo(msgspec.Struct, frozen=True, tag=True):
+    """The items that were committed first, each given out `max_times_sampled` times."""
+
+
+class Lifo(msgspec.Struct, frozen=True, tag=True):
+    """The items that were committed last, the last one first, each given out `max_times_sampled` times."""
+
+
+SamplerConfig: TypeAlias = Uniform | Prioritized | Fifo | Lifo
 
 
 class Draws(NamedTuple):
@@ -233,6 +244,10 @@ class PrioritizedSampler:
             raise InvalidInput(f"a mass is not in [0, {_LARGEST_MASS}]")
         self._tree.set(np.arange(len(state)), np.ascontiguousarray(state))
 
+    def insert_masses(self, rows: NDArray[np.int64], masses: NDArray[np.float64]) -> None:
+        """Make rows sampleable again with the masses that they had, [N] float64 above 0."""
+        self._tree.set(rows, masses)
+
     def masses_of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """The masses of rows ([N] int64) as [N] float64; 0.0 where a row cannot be drawn."""
         return self._tree.get(rows)
@@ -242,7 +257,7 @@ class PrioritizedSampler:
         return np.maximum(magnitudes**self._config.alpha, _SMALLEST_MASS)
 
 
-def require_masses(config: Uniform | Prioritized, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
+def require_masses(config: SamplerConfig, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
     """|TD error| + epsilon, [N] float64, if each has a mass that no sum over a table overflows of.
 
     Raises:
@@ -271,7 +286,7 @@ def _check_drawable(num_draws: int, num_items: int) -> None:
 
 
 def make_sampler(
-    config: Uniform | Prioritized, num_rows: int, masses: NDArray[np.float64] | None = None
+    config: SamplerConfig, num_rows: int, masses: NDArray[np.float64] | None = None
 ) -> UniformSampler | PrioritizedSampler:
     """The sampler that `config` describes, for rows 0 <= row < num_rows; empty unless `masses` says otherwise.
 
@@ -280,6 +295,8 @@ def make_sampler(
         num_rows: rows in all.
         masses: [num_rows], in which a prioritized sampler works instead of memory of its own.
     """
+    if isinstance(config, Fifo | Lifo):
+        raise InvalidInput(f"{type(config).__name__}() is an order of items that leave, which only a server has")
     # Imported here: Numba costs an actor, which only names a config, tens of MB.
     if isinstance(config, Uniform):
         from rl_buffer.row_set import RowSet

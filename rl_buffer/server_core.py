@@ -26,6 +26,7 @@ from rl_buffer import frames, messages
 from rl_buffer.allocator import Rows
 from rl_buffer.checkpoint import Cut, ParameterMemory, take_cut
 from rl_buffer.checkpoint_request import CheckpointRequest
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.descriptors import PER_CHANNEL, PER_CLIENT, PER_PARAMETER_SET
 from rl_buffer.diagnostics import RateWindow
 from rl_buffer.errors import InvalidInput
@@ -50,6 +51,7 @@ from rl_buffer.sessions import (
     WriterChannel,
     WriterProgress,
 )
+from rl_buffer.table_states import TableState
 from rl_buffer.tables import Sample, StatsConfig
 from rl_buffer.wait_facts import describe_waits
 
@@ -70,7 +72,7 @@ class ServerCore:
     def __init__(
         self,
         epoch: int,
-        tables: dict[str, ReplayTableState | RolloutTableState],
+        tables: Mapping[str, TableState],
         stats: StatsConfig,
         ledger: Ledger | None = None,
     ) -> None:
@@ -125,10 +127,10 @@ class ServerCore:
             self.sessions[token].connected = False
 
     def has_leases(self, token: bytes) -> bool:
-        """Whether the client's process may still write into rows or a parameter slot, or read a rollout."""
+        """Whether the client's process may still write into rows or a parameter slot, or read what it has leased."""
         session = self.sessions.get(token)
         return session is not None and (
-            any(isinstance(channel, WriterChannel | ReaderChannel) for channel in session.channels.values())
+            any(isinstance(c, WriterChannel) or c.table.leasing is not None for c in session.channels.values())
             or any(slots.is_held_by(token) for slots in self.parameters.values())
         )
 
@@ -180,14 +182,15 @@ class ServerCore:
     def _drop(self, channel: WriterChannel | SamplerChannel | ReaderChannel) -> None:
         table = channel.table
         del channel.session.channels[channel.channel_id]
-        if isinstance(channel, SamplerChannel):
-            table.samplers.remove(channel)
-            return
-        if isinstance(channel, ReaderChannel):
-            table.readers.remove(channel)
-            rows = np.array(sorted(channel.rows), np.int64)
-            table.rollouts.give_back(rows)
-            self._ledger.given_back(table.name, rows)
+        if isinstance(channel, SamplerChannel | ReaderChannel):
+            if isinstance(channel, SamplerChannel):
+                table.samplers.remove(channel)
+            else:
+                table.readers.remove(channel)
+            if table.leasing is not None:
+                rows = np.array(sorted(channel.rows), np.int64)
+                table.leasing.give_back(rows)
+                self._ledger.given_back(table.name, rows)
             return
         table.pending = deque(pending for pending in table.pending if pending.writer is not channel)
         channel.num_rows_pending = 0
@@ -279,25 +282,52 @@ class ServerCore:
             raise InvalidInput(f"{sampler.num_credits} + {credit.num_credits} credits exceed the limit {MAX_CREDITS}")
         reached("server.credit_checked")
         if len(credit.rows):
-            sampler.table.replay.update_priorities(credit.rows, credit.generations, credit.td_errors)
-            sampler.table.diagnostics.num_updates += len(credit.rows)
+            if isinstance(sampler.table.state, ConsumedTableState):
+                num_released = self._finish(sampler, sampler.table.state, credit)
+                sampler.table.diagnostics.num_updates += len(credit.rows) - num_released
+            else:
+                sampler.table.replay.update_priorities(credit.rows, credit.generations, credit.td_errors)
+                sampler.table.diagnostics.num_updates += len(credit.rows)
             reached("server.updated")
         sampler.num_credits += credit.num_credits
         session.last_action_s = sampler.waiting_since_s = self._now_s
         sampler.table.num_overtaken += credit.num_overtaken
         return self._advance(sampler.table)
 
+    def _finish(self, sampler: SamplerChannel, state: ConsumedTableState, credit: frames.Credit) -> int:
+        """Take back items that were copied, and set the priorities of others; return how many were copied."""
+        is_copied = np.isnan(credit.td_errors)
+        rows, others = credit.rows[is_copied], ~is_copied
+        self._check_held(sampler, state.generations, rows, credit.generations[is_copied])
+        if others.any():
+            state.update_priorities(credit.rows[others], credit.generations[others], credit.td_errors[others])
+        finished = state.finish(rows)
+        self._ledger.used(sampler.table.name, finished.returned, state.uses)
+        self._ledger.emptied(sampler.table.name, finished.removed, 0)
+        self._ledger.sampled(sampler.table.name, state.num_finished_samples)
+        sampler.rows.difference_update(rows.tolist())
+        return len(rows)
+
+    def _check_held(
+        self, reader: SamplerChannel | ReaderChannel, generations: Rows, rows: Rows, expected: Rows
+    ) -> None:
+        """Refuse a release of what this reader does not hold, or no longer."""
+        what = f"{'fragments' if isinstance(reader, ReaderChannel) else 'items'} {rows.tolist()} are"
+        if not reader.rows.issuperset(rows.tolist()):
+            raise InvalidInput(f"{what} not all held by this reader, which has {reader.rows}")
+        if not np.array_equal(generations[rows], expected):
+            # A release that comes late or twice must not free what was handed out since.
+            raise InvalidInput(f"{what} no longer of generations {expected.tolist()}")
+        if len(set(rows.tolist())) != len(rows):
+            raise InvalidInput(f"{what} named twice")
+
     def _read(self, reader: ReaderChannel, credit: frames.Credit) -> Outgoing:
         """Free the fragments that were read, and note how many more are wanted."""
         rows, num_fragments = credit.rows, reader.table.rollouts.config.num_fragments
         if reader.num_credits + credit.num_credits > num_fragments:
             raise InvalidInput(f"{reader.num_credits} + {credit.num_credits} credits exceed {num_fragments} fragments")
-        if not reader.rows.issuperset(rows.tolist()):
-            raise InvalidInput(f"fragments {rows.tolist()} are not all held by this reader, which has {reader.rows}")
         rollouts = reader.table.rollouts
-        if not np.array_equal(rollouts.generations[rows], credit.generations):
-            # A release that comes late or twice must not free what was handed out since.
-            raise InvalidInput(f"fragments {rows.tolist()} are no longer of generations {credit.generations.tolist()}")
+        self._check_held(reader, rollouts.generations, rows, credit.generations)
         rollouts.finish(rows)
         self._ledger.emptied(reader.table.name, rows, rollouts.num_dropped)
         reached("server.released")
@@ -389,7 +419,9 @@ class ServerCore:
     def _advance(self, table: ServedTable) -> Outgoing:
         """Let everybody go on who can: commits, then reservations, then batches, until nothing moves."""
         outgoing: Outgoing = []
-        grant = self._grant_fragments if isinstance(table.state, RolloutTableState) else self._grant_batch
+        grant = self._grant_batch
+        if table.leasing is not None:
+            grant = self._grant_fragments if isinstance(table.state, RolloutTableState) else self._grant_items
         while self._publish_pending(table, outgoing) or grant(table, outgoing):
             pass
         self._grant_rows(table, outgoing)
@@ -429,6 +461,8 @@ class ServerCore:
                 client = self.stats.record_of(writer.session.name, episodes)
         state, version = writer.table.state, commit.parameter_version
         number = state.number_of(int(rows[0])) if isinstance(state, RolloutTableState) and num_rows else 0
+        if isinstance(state, ConsumedTableState):
+            self._ledger.emptied(writer.table.name, state.evict_for(num_rows), 0)
         self._ledger.begin(
             writer.table.name,
             rows,
@@ -495,7 +529,8 @@ class ServerCore:
         outgoing.append((writer.channel_id, grant.encode()))
 
     def _grant_batch(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        state = table.replay
+        state = table.state
+        assert isinstance(state, ReplayTableState)
         # Nobody overtakes it, even with a smaller batch: one who took every sample at once would starve it.
         sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
         if sampler is None or not len(state) or not state.limiter.can_sample(sampler.batch_size):
@@ -503,8 +538,26 @@ class ServerCore:
         sample = state.draw(sampler.batch_size, sampler.num_spares)
         self._ledger.sampled(table.name, state.limiter.num_samples)
         reached("server.drawn")
+        self._granted(table, sampler, sample, outgoing)
+        return True
+
+    def _grant_items(self, table: ServedTable, outgoing: Outgoing) -> bool:
+        """As `_grant_batch`, of items that are this sampler's alone until it has copied them."""
+        state = table.state
+        assert isinstance(state, ConsumedTableState)
+        sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
+        if sampler is None or not state.can_lease(sampler.batch_size):
+            return False
+        sample = state.lease(sampler.batch_size)
+        self._ledger.leased(table.name, sample.rows, sampler.session.client, state.num_finished_samples)
+        sampler.rows.update(sample.rows.tolist())
+        reached("server.leased")
+        self._granted(table, sampler, sample, outgoing)
+        return True
+
+    def _granted(self, table: ServedTable, sampler: SamplerChannel, sample: Sample, outgoing: Outgoing) -> None:
         rows, generations = sample.rows[: sampler.batch_size], sample.generations[: sampler.batch_size]
-        newest_version, num_inserts = self._version(_POLICY), state.limiter.num_inserts
+        newest_version, num_inserts = self._version(_POLICY), table.replay.limiter.num_inserts
         table.diagnostics.watch.drawn(rows, generations, num_inserts, self._now_s, newest_version)
         sampler.num_credits -= 1
         sampler.session.num_samples += sampler.batch_size
@@ -512,7 +565,6 @@ class ServerCore:
         table.samplers.remove(sampler)
         table.samplers.append(sampler)
         outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
-        return True
 
     def _grant_fragments(self, table: ServedTable, outgoing: Outgoing) -> bool:
         reader = next((reader for reader in table.readers if reader.num_credits), None)
@@ -571,6 +623,7 @@ class ServerCore:
                 limit = frames.MAX_ROWS_PER_MESSAGE * 15 // 16  # leaves room for the spares
                 if not 1 <= batch_size <= limit:
                     raise InvalidInput(f"batch_size must be in [1, {limit}], got {batch_size}")
+                table.replay.config.check_batch_size(batch_size)
                 table.replay.limiter.check_sample_possible(batch_size)
                 session.channels[channel_id] = sampler
                 table.samplers.append(sampler)
@@ -689,7 +742,7 @@ class ServerCore:
             )
 
 
-def _num_inserts(state: ReplayTableState | RolloutTableState) -> int:
+def _num_inserts(state: TableState) -> int:
     return state.num_commits if isinstance(state, RolloutTableState) else state.limiter.num_inserts
 
 
@@ -710,7 +763,8 @@ def _check_writer(table: ServedTable, request: messages.OpenWriter) -> None:
         if (max_commit_rows, num_wanted) != (1, 1):
             raise InvalidInput(f"table {table.name!r} holds rollouts, which are written one by one")
         return
-    headroom = table.state.allocator.headroom
+    headroom = table.replay.config.headroom
+    assert headroom is not None
     if not 1 <= max_commit_rows <= num_wanted <= headroom:
         raise InvalidInput(
             f"a writer of table {table.name!r} wants to hold {num_wanted} rows, but its headroom is {headroom}; lower "

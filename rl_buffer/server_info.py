@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.diagnostics import Counts, RateWindow
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
@@ -49,18 +50,21 @@ def _share(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
-def _describe_replay(table: ServedTable, state: ReplayTableState) -> dict[str, Any]:
-    return {
+def _describe_replay(table: ServedTable, state: ReplayTableState | ConsumedTableState) -> dict[str, Any]:
+    described = {
         "size": len(state),
         "capacity": state.config.capacity,
         "inserts": state.limiter.num_inserts,
         "samples": state.limiter.num_samples,
         "deletes": state.limiter.num_deletes,
-        "reserved_rows": state.allocator.num_reserved,
+        "reserved_rows": state.num_reserved,
         "stale_updates": state.num_stale_updates,
         "overtaken_rows": table.num_overtaken,
         "limiter": state.limiter.describe(),
     }
+    if isinstance(state, ConsumedTableState):
+        described["reading"] = state.num_reading
+    return described
 
 
 def _describe_rollouts(state: RolloutTableState) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import numpy as np
 
 from rl_buffer.allocator import Rows
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.diagnostics import TableDiagnostics
 from rl_buffer.errors import InvalidInput
 from rl_buffer.frames import Commit
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
+from rl_buffer.table_states import TableState
 
 NO_ROWS = np.empty(0, np.int64)
 
@@ -95,7 +97,7 @@ class SamplerChannel:
     table: "ServedTable"
     batch_size: int
     num_credits: int = 0
-    rows: tuple[int, ...] = ()  # it holds none
+    rows: set[int] = field(default_factory=set)  # that it reads, where items leave with their last use
     waiting_since_s: float = 0.0  # while num_credits > 0: since its last credit or batch
 
     @property
@@ -129,7 +131,7 @@ class PendingCommit:
 class ServedTable:
     """A table with those who wait for it. All queues are first come, first served."""
 
-    def __init__(self, name: str, state: ReplayTableState | RolloutTableState) -> None:
+    def __init__(self, name: str, state: TableState) -> None:
         self.name = name
         self.state = state
         self.pending: deque[PendingCommit] = deque()  # commits that the limiter holds back
@@ -164,13 +166,18 @@ class ServedTable:
         return None
 
     @property
-    def replay(self) -> ReplayTableState:
+    def leasing(self) -> ConsumedTableState | RolloutTableState | None:
+        """The state of a table whose items are read under a lease, if this is one."""
+        return self.state if isinstance(self.state, ConsumedTableState | RolloutTableState) else None
+
+    @property
+    def replay(self) -> ReplayTableState | ConsumedTableState:
         """The state of a replay table.
 
         Raises:
             InvalidInput: this one holds rollouts.
         """
-        if not isinstance(self.state, ReplayTableState):
+        if isinstance(self.state, RolloutTableState):
             raise InvalidInput(f"table {self.name!r} holds rollouts; use client.rollout_writer and client.rollouts")
         return self.state
 

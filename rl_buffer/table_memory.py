@@ -14,10 +14,9 @@ from rl_buffer.mapped_ledger import MappedLedger, ledger_arrays, ledger_fields, 
 from rl_buffer.messages import ServerConfig
 from rl_buffer.peers import find_again
 from rl_buffer.recovery import Survivor, resume, resumed_table
-from rl_buffer.replay_table import ReplayTableState
-from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_core import ServerCore
 from rl_buffer.storage import OwnedSegment, Progress, check_memory
+from rl_buffer.table_states import new_state
 from rl_buffer.tables import ReplayTable, RolloutTable
 
 _INT64_NBYTES = 8
@@ -81,14 +80,11 @@ class ServerMemory:
 
     def new_core(self, epoch: int) -> ServerCore:
         """The bookkeeping on this memory; to be called once."""
-        states: dict[str, ReplayTableState | RolloutTableState] = {}
+        states = {}
         for name, memory in self.tables.items():
             generations = memory.generations.array("int64")
             generations[:] = _fresh_generation()
-            if isinstance(memory.config, RolloutTable):
-                states[name] = RolloutTableState(memory.config, generations)
-            else:
-                states[name] = ReplayTableState(memory.config, generations)
+            states[name] = new_state(memory.config, generations)
         return ServerCore(epoch, states, self._config.stats)
 
     def complete(self, core: ServerCore) -> None:

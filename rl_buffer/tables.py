@@ -4,15 +4,15 @@ Plain values only. The bookkeeping that they describe is in `replay_table`.
 """
 
 import operator
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, get_args
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.errors import InvalidInput
-from rl_buffer.rate_limiters import LimiterConfig, MinSize, SampleToInsertRatio
-from rl_buffer.samplers import Prioritized, Uniform
+from rl_buffer.rate_limiters import LimiterConfig, MinSize, Queue, SampleToInsertRatio, Stack
+from rl_buffer.samplers import Fifo, Lifo, SamplerConfig, Uniform
 from rl_buffer.spec import Field, RowLayout, TransitionSpec
 
 _MAX_ROWS = 2**40  # 2^40 rows of one cache line are 64 TiB; also keeps row numbers exact in float64
@@ -25,8 +25,8 @@ _DEFAULT_HEADROOM_MIN_NBYTES = 64 << 20  # of large ones
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "spec": (TransitionSpec,),
-    "sampler": (Uniform, Prioritized),
-    "rate_limiter": (MinSize, SampleToInsertRatio),
+    "sampler": get_args(SamplerConfig),
+    "rate_limiter": get_args(LimiterConfig),
 }
 
 
@@ -39,8 +39,8 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
     Args:
         spec: what one transition holds.
         capacity: committed items that the table keeps once full; the oldest commit is evicted first.
-        sampler: `Uniform()` or `Prioritized(alpha, epsilon)`.
-        rate_limiter: `MinSize(m)` or `SampleToInsertRatio(...)`.
+        sampler: `Uniform()`, `Prioritized(alpha, epsilon)`, or with `max_times_sampled` also `Fifo()` and `Lifo()`.
+        rate_limiter: `MinSize(m)`, `SampleToInsertRatio(...)`, `Queue(k)` or `Stack(k)`; see `queue` and `stack`.
         n_step: reward steps per transition, >= 1; all writers of the table follow it.
         gamma: discount factor in [0, 1].
         seed: of the sampler; None draws one.
@@ -51,6 +51,9 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
         overlap: steps that a sequence's trained part shares with the one before, < sequence_length.
         pad_short_episodes: keep episodes shorter than `sequence_length`, padded; else they are dropped.
         eta: a sequence's TD error is eta * max |TD| + (1 - eta) * mean |TD| over its trained steps.
+        max_times_sampled: an item leaves the table with its last use; 0: it stays until it is evicted. A batch of such
+            a table holds different items, and nobody else gets one of them before the learner has copied the batch.
+            `Uniform()` and `Prioritized()` then draw without replacement. A served table only.
 
     Raises:
         InvalidInput: a value is out of range.
@@ -58,8 +61,8 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
 
     spec: TransitionSpec
     capacity: int
-    sampler: Uniform | Prioritized = Uniform()
-    rate_limiter: MinSize | SampleToInsertRatio = MinSize(1)
+    sampler: SamplerConfig = Uniform()
+    rate_limiter: LimiterConfig = MinSize(1)
     n_step: int = 1
     gamma: float = 0.99
     seed: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -69,11 +72,37 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
     overlap: int = 0
     pad_short_episodes: bool = True
     eta: float = 0.9
+    max_times_sampled: int = 0
+
+    @classmethod
+    def queue(cls, spec: TransitionSpec, capacity: int, **options: Any) -> "ReplayTable":
+        """Items are handed out once each, the oldest first; writers wait while `capacity` of them wait.
+
+        Args:
+            spec: what one transition holds.
+            capacity: of items that wait; those that learners hold are not counted.
+            options: of `ReplayTable`, apart from sampler, limiter and `max_times_sampled`.
+        """
+        return cls(spec, capacity, sampler=Fifo(), rate_limiter=Queue(capacity), max_times_sampled=1, **options)
+
+    @classmethod
+    def stack(cls, spec: TransitionSpec, capacity: int, **options: Any) -> "ReplayTable":
+        """Items are handed out once each, the newest first; otherwise as `queue`."""
+        return cls(spec, capacity, sampler=Lifo(), rate_limiter=Stack(capacity), max_times_sampled=1, **options)
 
     def __post_init__(self) -> None:
         for name, kinds in _KINDS.items():
             _require_kind("ReplayTable", name, getattr(self, name), kinds)
-        integers = ("capacity", "n_step", "seed", "headroom", "sequence_length", "burn_in", "overlap")
+        integers = (
+            "capacity",
+            "n_step",
+            "seed",
+            "headroom",
+            "sequence_length",
+            "burn_in",
+            "overlap",
+            "max_times_sampled",
+        )
         _make_integers("ReplayTable", self, integers)
         longest_overlap = (self.sequence_length or 1) - 1
         for name, low, high in (
@@ -85,12 +114,17 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
             ("burn_in", 0, _MAX_SEQUENCE_STEPS if self.sequence_length else 0),
             ("overlap", 0, longest_overlap),
             ("eta", 0.0, 1.0),
+            ("max_times_sampled", 0, 2**31),
         ):
             without = name in ("burn_in", "overlap") and not self.sequence_length
             of = " without sequence_length" if without else ""
             _require_range("ReplayTable", name, getattr(self, name), low, high, of)
         if self.spec.recurrent_state is not None and self.sequence_length is None:
             raise InvalidInput("the spec has a recurrent_state, which only sequences keep; give sequence_length too")
+        if isinstance(self.sampler, Fifo | Lifo) and not self.max_times_sampled:
+            raise InvalidInput(
+                f"{self.sampler} would give out the same item for ever; give max_times_sampled= too, 1 for once each"
+            )
         self.check_limiter(self.rate_limiter)
         if self.headroom is None:
             fitting = max(1, _DEFAULT_HEADROOM_MIN_NBYTES // self.layout.stride_nbytes)
@@ -109,6 +143,35 @@ class ReplayTable(msgspec.Struct, frozen=True, tag=True):
             raise InvalidInput(
                 f"the rate limiter waits for {limiter.min_size_to_sample} transitions, but capacity is "
                 f"{self.capacity}: sampling could never start"
+            )
+        if isinstance(limiter, Queue | Stack):
+            name, order = type(limiter).__name__, Fifo() if isinstance(limiter, Queue) else Lifo()
+            if self.max_times_sampled != 1 or self.sampler != order:
+                raise InvalidInput(
+                    f"{name}({limiter.capacity}) needs sampler={order} and max_times_sampled=1, as "
+                    f"ReplayTable.{name.lower()}(...) has them; this table has sampler={self.sampler} and "
+                    f"max_times_sampled={self.max_times_sampled}"
+                )
+            if limiter.capacity > self.capacity:
+                raise InvalidInput(
+                    f"{name}({limiter.capacity}) lets more items wait than the table's capacity of {self.capacity}"
+                )
+        elif isinstance(limiter, SampleToInsertRatio) and 0 < self.max_times_sampled < limiter.samples_per_insert:
+            raise InvalidInput(
+                f"the rate limiter waits for {limiter.samples_per_insert} samples of each item, which can be sampled "
+                f"{self.max_times_sampled} times (max_times_sampled): writers would wait for ever"
+            )
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Refuse a batch of more items than there can be, where they must be different ones.
+
+        Raises:
+            InvalidInput: it is one.
+        """
+        if self.max_times_sampled and batch_size > self.capacity:
+            raise InvalidInput(
+                f"a batch holds different items of this table, and {batch_size} never wait in it: its capacity is "
+                f"{self.capacity}"
             )
 
     @property

@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from rl_buffer import waits
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.sessions import ReaderChannel, SamplerChannel, ServedTable, Session, WriterChannel
@@ -95,7 +96,7 @@ class _Queues:
         state = self._table.state
         return self._rollout_sentences(state) if isinstance(state, RolloutTableState) else self._replay_sentences(state)
 
-    def _replay_sentences(self, state: ReplayTableState) -> list[str]:
+    def _replay_sentences(self, state: ReplayTableState | ConsumedTableState) -> list[str]:
         table, found = self._table, []
         if table.pending:
             pending = table.pending[0]
@@ -105,14 +106,14 @@ class _Queues:
         if self._lacking:
             writer = self._lacking[0]
             reason = (
-                f"waits for rows, {state.allocator.num_reserved} of {state.allocator.headroom} are reserved by "
-                f"writers{_held(state.num_held)}"
+                f"waits for rows, {state.num_reserved} of {state.config.headroom} are reserved by "
+                f"writers{_read(state)}{_held(state.num_held)}"
             )
             found.append(self._sentence(writer, reason, writer.waiting_since_s, (), len(self._lacking)))
         if self._asking:
             sampler = self._asking[0]
             assert isinstance(sampler, SamplerChannel)
-            reason = state.limiter.explain_sample(sampler.batch_size)
+            reason = state.explain_sample(sampler.batch_size)
             others = self._others("writer", self._writers, "insert", table.last_insert_s)
             found.append(self._sentence(sampler, reason, sampler.waiting_since_s, others, len(self._asking)))
         return found
@@ -140,6 +141,10 @@ class _Queues:
     def _others(self, noun: str, sessions: Sequence[Session], event: str, last_s: float | None) -> tuple[str, str]:
         age_s = None if last_s is None else self._now_s - last_s
         return f"{waits.count(len(sessions), noun)} connected", waits.last(event, age_s)
+
+
+def _read(state: ReplayTableState | ConsumedTableState) -> str:
+    return f", {state.num_reading} are being read" if isinstance(state, ConsumedTableState) else ""
 
 
 def _held(num_held: int) -> str:

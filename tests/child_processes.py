@@ -288,3 +288,10 @@ def write_half_of_a_chunk(address, pipe, first_number):
         client.reconnect()
         writer.close()
     pipe.send("done")
+
+
+def prefetch_and_wait(address, pipe, table, batch_size):
+    """Take one batch, say its numbers, and keep three that come ahead until killed."""
+    sampler = rb.connect(address, 30.0, name="prefetcher").sampler(table, batch_size, prefetch=3)
+    pipe.send((sampler.sample(timeout_s=30.0).actions // 7).tolist())
+    time.sleep(600)

@@ -8,15 +8,16 @@ import numpy as np
 
 from rl_buffer import frames, messages
 from rl_buffer.allocator import RowQueue
+from rl_buffer.consumed_table import ConsumedTableState
 from rl_buffer.frames import Batch, Commit, Credit, Grant
 from rl_buffer.messages import Envelope
 from rl_buffer.parameter_slots import BOARD_LENGTH, ParameterSlots
 from rl_buffer.rate_limiters import SampleToInsertRatio
-from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_core import ServerCore
-from rl_buffer.sessions import ReaderChannel, WriterChannel
+from rl_buffer.sessions import WriterChannel
 from rl_buffer.spec import Field, TransitionSpec
+from rl_buffer.table_states import new_state
 from rl_buffer.tables import ReplayTable, RolloutTable, StatsConfig
 
 EPOCH = 0x1234_5678_9ABC_DEF0
@@ -58,7 +59,7 @@ def make_core(**tables):
             states[name] = RolloutTableState(table)
         else:
             config = ReplayTable(SPEC, **{"capacity": 8, "headroom": 8, "seed": 0} | table)
-            states[name] = ReplayTableState(config, np.zeros(config.num_rows, np.int64))
+            states[name] = new_state(config, np.zeros(config.num_rows, np.int64))
     core = ServerCore(EPOCH, states, StatsConfig())
     core.parameters["policy"] = ParameterSlots(np.zeros(BOARD_LENGTH, np.int64))
     return core
@@ -170,7 +171,10 @@ def snapshot(core):
     tables = {}
     for name, table in core.tables.items():
         state = table.state
-        own = rollouts_snapshot(state) if isinstance(state, RolloutTableState) else replay_snapshot(state)
+        if isinstance(state, ConsumedTableState):
+            own = items_snapshot(state)
+        else:
+            own = rollouts_snapshot(state) if isinstance(state, RolloutTableState) else replay_snapshot(state)
         tables[name] = own | {
             "pending": [(p.writer.channel_id, p.commit.sequence, p.num_published) for p in table.pending],
             "wanting": [writer.channel_id for writer in table.wanting],
@@ -199,6 +203,20 @@ def replay_snapshot(state):
     }
 
 
+def items_snapshot(state):
+    sampler, rows = state._sampler, np.arange(state.config.num_rows)
+    return {
+        "waiting": [(row, int(state._numbers[row]), int(state.uses[row])) for row in state._waiting.rows().tolist()],
+        "reading": sorted(state._reading.items()),
+        "free": plain(state._free),
+        "reserved": state.num_reserved,
+        "generations": state.generations.tolist(),
+        "masses": sampler.masses_of(rows).tolist() if hasattr(sampler, "masses_of") else None,
+        "random": state._rng.bit_generator.state,
+        "limiter": dict(vars(state.limiter)),
+    }
+
+
 def rollouts_snapshot(state):
     return {name: plain(value) for name, value in vars(state).items() if name != "config"}
 
@@ -213,8 +231,10 @@ def check_tables(core):
             if channel.table is table
         ]
         held = [row for c in channels if isinstance(c, WriterChannel) for row in c.rows.tolist()]
-        read = [row for c in channels if isinstance(c, ReaderChannel) for row in c.rows]
-        if isinstance(table.state, RolloutTableState):
+        read = [row for c in channels if not isinstance(c, WriterChannel) for row in c.rows]
+        if isinstance(table.state, ConsumedTableState):
+            check_items(table.state, held, read)
+        elif isinstance(table.state, RolloutTableState):
             check_rollouts(table.state, held, read)
         else:
             check_replay(table.state, held)
@@ -231,6 +251,18 @@ def check_replay(state, held):
     assert len(committed) <= allocator.capacity
     assert np.flatnonzero(state.generations % 2).tolist() == sorted(committed)
     assert state._sampler.num_items == len(committed) == state.limiter.size
+
+
+def check_items(state, held, read):
+    waiting, free = state._waiting.rows().tolist(), plain(state._free)
+    everything = sorted(held + waiting + free + read + list(state._held))
+    assert everything == list(range(state.config.num_rows)), "a row is lost or owned twice"
+    assert len(held) == state.num_reserved <= state.config.headroom
+    assert sorted(read) == sorted(state._reading)
+    assert np.flatnonzero(state.generations % 2).tolist() == sorted(waiting + read)
+    is_last = state.uses[np.array(read, np.int64)] + 1 == state.config.max_times_sampled
+    assert state.limiter.size == len(waiting) + len(read) - int(np.count_nonzero(is_last))
+    assert state._sampler is None or state._sampler.num_items == len(waiting)
 
 
 def check_rollouts(state, held, read):

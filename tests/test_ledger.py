@@ -1,9 +1,12 @@
 """A server that is killed at any store: its successor has the state before or after what was under way, never a mix."""
 
 import contextlib
+from collections import Counter
 
 import numpy as np
 import pytest
+from core_driver import EPOCH as CLIENT_EPOCH
+from core_driver import Client
 from ledger_driver import (
     CAPACITY,
     EPOCH,
@@ -13,6 +16,7 @@ from ledger_driver import (
     STATS,
     Fuse,
     Killed,
+    Mapped,
     Model,
     Play,
     World,
@@ -21,15 +25,17 @@ from ledger_driver import (
 
 from rl_buffer import mapped_ledger, messages
 from rl_buffer.errors import InvalidInput, RLBufferError
+from rl_buffer.frames import Grant
 from rl_buffer.mapped_ledger import CLEARED, PUBLISHED, MappedLedger, ledger_arrays, ledger_fields, ledger_nbytes
 from rl_buffer.messages import Envelope
 from rl_buffer.peers import UNKNOWN_PROCESS
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.recovery import resume, resumed_table
 from rl_buffer.replay_table import ReplayTableState
-from rl_buffer.samplers import Prioritized, Uniform
+from rl_buffer.samplers import Fifo, Prioritized, Uniform
 from rl_buffer.server_core import ServerCore
 from rl_buffer.sessions import WriterProgress
+from rl_buffer.spec import Field
 from rl_buffer.tables import ReplayTable
 
 PRIORITIZED = Prioritized(alpha=1.0, epsilon=EPSILON)
@@ -342,7 +348,7 @@ LIMITERS = [
 def test_a_kill_at_any_store_leaves_the_limiter_that_was_set_or_the_one_before(fuse):
     world = World(fuse, MinSize(1), PRIORITIZED, {})
     for limiter in LIMITERS:
-        for kill_at in range(12):
+        for kill_at in range(24):
             fuse.last = None
             core = world.start()
             before = core.tables["replay"].state.limiter.config
@@ -372,3 +378,74 @@ def test_a_restarted_limiter_counts_on_from_where_it_was_set():
     again = replay_only(arrays, generations=state.generations)[0].tables["replay"].state.limiter
     assert again.cursor == state.limiter.cursor == 10.0  # (3 + 2) * 2
     assert again.state() == state.limiter.state()
+
+
+# ---- items that leave with their last use --------------------------------------------------------------------------
+
+
+def items_core(arrays, tables, generations):
+    """The next server on this memory; nobody of before is there any more."""
+    ledger = MappedLedger(arrays, tables, STATS)
+    ledger.disown(list(ledger.clients()))
+    core = ServerCore(CLIENT_EPOCH, {"items": resumed_table(ledger, "items", generations)}, STATS, ledger)
+    resume(core, ledger, (), 0.0)
+    return core
+
+
+def play_items(core, contents, finished, announced):
+    """Write seven items and read them, some not to the end; tell in `announced` what is about to be finished."""
+    client, state = Client(core), core.tables["items"].state
+    client.open_writer(1, "items", max_commit_rows=2, num_wanted=4)
+    client.open_sampler(2, "items", batch_size=2)
+    for number in range(5):
+        num_rows = 2 if number < 2 else 1
+        rows = client.rows[1][:num_rows]
+        client.rows[1] = client.rows[1][num_rows:]
+        for row in rows:
+            contents[row] = len(contents["all"])
+            contents["all"].append(row)
+        events = client.commit(1, num_rows) + client.credit(2)
+        for _, event in events:
+            if isinstance(event, Grant):
+                client.rows[1] += event.rows.tolist()
+            elif number != 3:
+                sample = event.sample
+                items = [contents[row] for row in sample.rows.tolist()]
+                announced[:] = items
+                client.credit(2, 0, sample.rows, sample.generations, np.full(2, np.nan))
+                finished.update(items)
+                announced.clear()
+    return state
+
+
+@pytest.mark.parametrize("sampler", [Fifo(), PRIORITIZED])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_kill_at_any_store_loses_no_item_and_hands_none_out_too_often(fuse, sampler, times):
+    tables = {"items": ReplayTable(SPEC, 9, sampler, headroom=5, seed=3, max_times_sampled=times)}
+    kill_at, has_ended = 0, False
+    while not has_ended:
+        fuse.last = None
+        arrays = {name: Mapped(field, fuse) for name, field in ledger_fields(tables, STATS).items()}
+        generations = Mapped(Field((tables["items"].num_rows,), "int64"), fuse)
+        contents, finished, announced = {"all": []}, Counter(), []
+        core = items_core(arrays, tables, generations)
+        fuse.last = fuse.num_stores + kill_at
+        try:
+            play_items(core, contents, finished, announced)
+            has_ended = True
+        except Killed:
+            pass
+        fuse.last = None
+        state = items_core(arrays, tables, generations).tables["items"].state
+        assert state.num_reading == state.num_reserved == 0
+        waiting = {contents[row]: int(state.uses[row]) for row in state._waiting.rows().tolist()}
+        assert list(waiting) == sorted(waiting), "they are in another order"
+        published = state.limiter.num_inserts
+        for item in range(published):
+            uses = waiting.get(item, times)
+            # What was just being finished may be so already, and need not.
+            assert finished[item] <= uses <= finished[item] + (item in announced), f"item {item}, killed at {kill_at}"
+        assert set(waiting) <= set(range(published))
+        assert np.flatnonzero(np.asarray(generations) % 2).tolist() == sorted(state._waiting.rows().tolist())
+        kill_at += 1
+    assert kill_at > 100
