@@ -23,6 +23,7 @@ def draw_curve(path: Path, rows: Rows, title: str, threshold: float | None) -> N
     import matplotlib
 
     matplotlib.use("Agg")
+    import matplotlib.ticker
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 2, figsize=(12, 7.5), dpi=100, sharex=True)
@@ -37,6 +38,7 @@ def draw_curve(path: Path, rows: Rows, title: str, threshold: float | None) -> N
     _draw(lags, rows, "version_lag", _COLORS[0], drawstyle="steps-post")
     lags.set_ylabel("parameter versions behind the newest")
     lags.set_ylim(bottom=0)
+    lags.yaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
     lags.set_title("version lag of the actor that is furthest behind", fontsize=10)
     for panel in axes.flat:
         panel.grid(alpha=0.3)
@@ -54,7 +56,7 @@ def _draw_returns(axes: Any, rows: Rows, threshold: float | None) -> None:
     _draw(axes, rows, "eval_return", _COLORS[1], label="greedy evaluation (mean)", marker="o", markersize=3)
     if threshold is not None:
         axes.axhline(threshold, color="grey", linestyle="--", linewidth=1, label=f"solved: {threshold:g}")
-    axes.set_ylabel("undiscounted return of an episode (sum of rewards)")
+    axes.set_ylabel("undiscounted return per episode")
     axes.set_title("returns", fontsize=10)
     axes.legend(loc="best", fontsize=8)
 
@@ -63,7 +65,8 @@ def _draw_two_scales(axes: Any, rows: Rows, labels: Mapping[str, str], *, from_z
     """The first two columns, each with a scale of its own, left and right: they differ by orders of magnitude."""
     for number, (key, label) in enumerate(list(labels.items())[:2]):
         scale, color = axes.twinx() if number else axes, _COLORS[number]
-        _draw(scale, rows, key, color)
+        # Dashed: in step with each other, the second would hide the first.
+        _draw(scale, rows, key, color, linestyle="--" if number else "-")
         scale.set_ylabel(label, color=color)
         scale.tick_params(axis="y", labelcolor=color)
         if from_zero:

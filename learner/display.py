@@ -56,7 +56,7 @@ class Display:
             self.console.print(
                 f"{row['env_steps']:>9,.0f} env steps  {row['env_steps_per_s']:>7,.0f}/s  "
                 f"{row['updates']:>8,.0f} updates  {row['updates_per_s']:>6,.0f}/s  "
-                f"return {row['mean_return']:>8.1f}  {row['samples_per_insert']:.2f} samples/insert",
+                f"return {_shown(row['mean_return'], '.1f'):>8}  {row['samples_per_insert']:.2f} samples/insert",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -69,10 +69,10 @@ class Display:
         cells = (
             ("env steps", f"{row['env_steps']:,.0f}"),
             ("updates", f"{row['updates']:,.0f}"),
-            ("mean return", f"{row['mean_return']:.1f}"),
+            ("mean return", _shown(row["mean_return"], ".1f")),
             ("env steps/s", f"{row['env_steps_per_s']:,.0f}"),
             ("updates/s", f"{row['updates_per_s']:,.0f}"),
-            ("eval return", f"{row['eval_return']:.1f}"),
+            ("eval return", _shown(row["eval_return"], ".1f")),
             ("inserts/s", f"{row['inserts_per_s']:,.0f}"),
             ("samples/s", f"{row['samples_per_s']:,.0f}"),
             ("samples/insert", f"{row['samples_per_insert']:.2f}"),
@@ -81,7 +81,7 @@ class Display:
             ("overtaken rows", f"{row['overtaken_rows']:,.0f}"),
             ("version lag", f"{row['version_lag']:,.0f}"),
             ("wall time", f"{row['wall_s']:.0f} s"),
-            *((name.replace("_", " "), f"{row[name]:.4g}") for name in self._measures),
+            *((name.replace("_", " "), _shown(row[name], ".4g")) for name in self._measures),
         )
         for start in range(0, len(cells), 3):
             figures.add_row(*(text for cell in cells[start : start + 3] for text in cell))
@@ -116,3 +116,8 @@ class Display:
     def __exit__(self, *exception: object) -> None:
         if self._live is not None:
             self._live.__exit__(None, None, None)
+
+
+def _shown(number: float, form: str) -> str:
+    """A figure, or a dash while there is none."""
+    return "-" if number != number else format(number, form)
