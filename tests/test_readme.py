@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from rl_buffer.top_screen import _CLIENT_COLUMNS, _TABLE_COLUMNS, _columns
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README_zh-cn.md").read_text()
 DEADLINE_S = 150.0
 pytestmark = pytest.mark.timeout(180)
 
@@ -108,3 +110,67 @@ def test_the_listing_is_what_is_there():
     listed = set(re.findall(r"^\| `(\w+)/`", README, re.MULTILINE))
     there = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")}
     assert listed == there - {"runs", "build", "dist"}
+
+
+_FENCED = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+_CODE = re.compile(r"`[^`\n]+`")
+
+
+def prose(page: str) -> str:
+    """The page without its fenced blocks, where a comment would look like a heading."""
+    return _FENCED.sub("", page)
+
+
+def headings(page: str) -> list[tuple[int, str]]:
+    return [(len(marks), words) for marks, words in re.findall(r"^(#+) (.+)$", prose(page), re.MULTILINE)]
+
+
+def tables(page: str) -> list[list[list[str]]]:
+    """[table][row][cell] of all that stands between bars, the line under the heading included."""
+    rows = re.findall(r"(?:^\|.*\|\n)+", prose(page), re.MULTILINE)
+    return [[line.strip("|").split(" | ") for line in table.splitlines()] for table in rows]
+
+
+def links(page: str) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", _CODE.sub("", prose(page)))
+
+
+def anchors(page: str) -> set[str]:
+    """What GitHub calls the headings: small letters, without punctuation, hyphens for spaces."""
+    return {re.sub(r"[^\w\- ]", "", words.lower()).replace(" ", "-") for _, words in headings(page)}
+
+
+def figures(section: str) -> Counter[str]:
+    """How often each number is there, in whatever order."""
+    return Counter(re.findall(r"\d(?:[\d,.]*\d)?", _CODE.sub("", section)))
+
+
+def test_the_chinese_readme_has_the_same_blocks_tables_and_headings():
+    assert _FENCED.findall(CHINESE) == _FENCED.findall(README)
+    assert [level for level, _ in headings(CHINESE)] == [level for level, _ in headings(README)]
+    for chinese, english in zip(tables(CHINESE), tables(README), strict=True):
+        assert len(chinese) == len(english), english[0]
+        for row, original in zip(chinese, english, strict=True):
+            assert len(row) == len(original), original
+            if ".py::" in original[-1]:  # test_promises.py looks for these tests: of the one page, so of the other
+                assert row[-1] == original[-1], original
+
+
+def test_the_chinese_readme_has_the_same_figures_and_code_in_each_section():
+    sections = (re.split(r"^#+ ", prose(page), flags=re.MULTILINE)[1:] for page in (CHINESE, README))
+    for chinese, english in zip(*sections, strict=True):
+        assert figures(chinese) == figures(english), english.splitlines()[0]
+        assert set(_CODE.findall(chinese)) == set(_CODE.findall(english)), english.splitlines()[0]
+
+
+def test_the_readmes_link_to_each_other_and_else_to_the_same_places():
+    assert README.splitlines()[2] == "[中文](README_zh-cn.md)"
+    assert CHINESE.splitlines()[2] == "[English](README.md)"
+    assert links(CHINESE)[0] == "README.md"
+    assert links(README)[0] == "README_zh-cn.md"
+    for chinese, english in zip(links(CHINESE)[1:], links(README)[1:], strict=True):
+        assert chinese.startswith("#") == english.startswith("#")
+        assert chinese.startswith("#") or chinese == english
+    for page in (README, CHINESE):
+        assert {link[1:] for link in links(page) if link.startswith("#")} <= anchors(page)
+        assert len(anchors(page)) == len(headings(page))
