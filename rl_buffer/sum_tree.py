@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rl_buffer.cache_lines import count_up_to, prefetch
 from rl_buffer.errors import InvalidInput
 from rl_buffer.kernels import FLOATS, FLOATS_2D, FLOATS_IN, INT, INTS, INTS_IN, compiled
 
 # Eight float64 are one cache line; with sixteen, 256 draws from 1 M leaves cost 8 us more. Microseconds with eight:
 #
-#   leaves                        64 k   1 M   16 M    one of two Xeon cores (Sapphire Rapids), 2 MiB L2
-#   t.find(p[i % 512])             5.6   7.3   12.7
-#   t.set(r[i % 512], m)           8.7    18     44
-#   t.set(s[i % 512], m[:64])      1.6   1.8    1.8
+#   leaves                        64 k   1 M   16 M    one of two EPYC cores (Milan), 512 KiB L2
+#   t.find(p[i % 512])             6.2    12     16    (without prefetch and vectors 6.9, 15 and 22)
+#   t.set(r[i % 512], m)            10    26     49
+#   t.set(s[i % 512], m[:64])      1.9   2.1    2.4
 #
 # python -m timeit -s "import numpy as np; from rl_buffer.sum_tree import SumTree; n = 10**6; i = 0" \
 #   -s "g = np.random.default_rng(0); t = SumTree(n, g.random(n)); p = g.random((512, 256)) * t.total" \
@@ -108,24 +109,25 @@ def _find(leaves: Any, nodes: Any, levels: Any, rest: Any, found: Any, masses: A
     Into arrays of the caller: one that is returned costs 0.6 us more.
     """
     found[:] = 0
-    # The whole batch goes down level by level, so that the cache misses of its members overlap.
+    below = nodes[_BELOW]
+    # The whole batch goes down level by level, and each member asks for its line of the next level ahead: so that their
+    # cache misses overlap.
     for level in range(levels.size - 3, -1, -1):
-        below = nodes[_BELOW, levels[level] :]
+        start = levels[level]
+        next_start = levels[level - 1] if level else 0
         for i in range(rest.size):
-            # Without branches, which would be mispredicted every other time.
-            child = (found[i] << _BITS) & _NOT_NEGATIVE
-            child |= (below[child | 4] <= rest[i]) << 2
-            child |= (below[child | 2] <= rest[i]) << 1
-            child |= below[child | 1] <= rest[i]
-            rest[i] -= below[child]
+            first = found[i] << _BITS
+            child = first + count_up_to(below, start + first, rest[i]) - 1
+            rest[i] -= below[(start + child) & _NOT_NEGATIVE]
             found[i] = child
-    # A loop of loads alone has more misses in flight than one that also adds: 14 us become 10 at 1 M leaves.
-    for i in range(rest.size):
-        masses[i] = leaves[found[i] << _BITS]
+            if level:
+                prefetch(below, next_start + (child << _BITS))
+            else:
+                prefetch(leaves, child << _BITS)
     num_whole = leaves.size >> _BITS
     for i in range(rest.size):
         first = (found[i] << _BITS) & _NOT_NEGATIVE
-        running = masses[i]
+        running = leaves[first]
         leaf = first + (running <= rest[i])
         if found[i] < num_whole:  # a constant number of leaves is unrolled
             for j in range(1, _FAN_OUT):
