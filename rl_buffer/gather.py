@@ -22,7 +22,7 @@ _LONG_ROW_WORDS = 512  # a page
 class Gatherer:
     """Copies rows of one table into batches on a device, one batch at a time.
 
-    gather -> (look whether the rows are still the drawn ones, perhaps gather again) -> hand_out
+    gather -> (look whether the rows are still the drawn ones, perhaps replace some) -> hand_out
 
     On the CPU a block of memory is used again when nothing looks at it any more: large batches then do not pay for new
     pages each time, and nobody finds a batch that he kept changed. To a GPU a batch goes as one copy of one block.
@@ -64,6 +64,15 @@ class Gatherer:
         else:
             self._gathered = self._rows.index_select(0, torch.from_numpy(indices).to(self._rows.device))
 
+    def replace(self, places: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        """Copy other rows, [N] by number, over those at these places, [N], of the gathered ones."""
+        if self._blocks is not None:
+            self._blocks.replace(places, indices)
+        else:
+            device = self._rows.device
+            rows = self._rows.index_select(0, torch.from_numpy(indices).to(device))
+            self._gathered[torch.from_numpy(places).to(device)] = rows
+
     def hand_out(self, drawn: dict[str, NDArray[Any]]) -> Batch:
         """The gathered rows as a batch on the device.
 
@@ -102,15 +111,21 @@ class _Blocks:
         self._paths = list(layout.columns)
         self._free: list[_Block] = []
         self._views: list[NDArray[Any]] = []
+        self._filled = self._words[:0]
 
     def gather(self, indices: NDArray[np.int64]) -> None:
         """Copy the rows into a block that nobody looks at."""
         words, self._views = self._free_block((len(indices), self._rows.shape[1]))
+        self._filled = words
         if words.shape[1] < _LONG_ROW_WORDS:
             # 9 us where torch takes 12, for 256 rows of 192 B from 1 M. ("clip" because "raise" copies twice.)
             self._words.take(indices, axis=0, out=words, mode="clip")
         else:  # torch divides the copy among its threads
             torch.index_select(self._rows, 0, torch.from_numpy(indices.copy()), out=torch.from_numpy(words))
+
+    def replace(self, places: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        """Copy rows over some of the block that was filled."""
+        self._filled[places] = self._words[indices]
 
     def hand_out(self) -> dict[str, NDArray[Any]]:
         """The leaves of the block that was filled."""
@@ -162,6 +177,10 @@ class _PinnedBlocks:
         if copied is not None:
             copied.synchronize()
         torch.index_select(self._rows, 0, torch.from_numpy(indices.copy()), out=self._blocks[self._turn])
+
+    def replace(self, places: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
+        """Copy rows over some of that block."""
+        self._blocks[self._turn].numpy()[places] = self._rows.numpy()[indices]
 
     def hand_out(self) -> torch.Tensor:
         """Start the copy of that block to the device, into memory of its own."""

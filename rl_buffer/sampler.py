@@ -200,14 +200,17 @@ class ReplaySampler(ChannelUser):
         )
         while len(substitutes):
             # Spares first; where they run out, draws of this batch serve twice: both follow the same distribution.
-            kept[overtaken] = np.resize(substitutes, len(overtaken))
-            rows = sample.rows[kept]
-            self._gatherer.gather(rows)
-            intact_now = self._generations[rows] == sample.generations[kept]
-            if intact_now.all():
+            chosen = np.resize(substitutes, len(overtaken))
+            kept[overtaken] = chosen
+            rows = sample.rows[chosen]
+            # Only these: what was found intact is a good copy whatever happens to its row. A whole batch of 512 image
+            # transitions is 29 MB, and while it is copied again the next row is overtaken, and so on.
+            self._gatherer.replace(overtaken, rows)
+            is_overtaken = self._generations[rows] != sample.generations[chosen]
+            if not is_overtaken.any():
                 return kept
-            overtaken = np.flatnonzero(~intact_now)
-            substitutes = np.unique(kept[intact_now])
+            overtaken = overtaken[is_overtaken]
+            substitutes = substitutes[~np.isin(substitutes, chosen[is_overtaken])]
         return None
 
     def _hand_out(self, sample: Sample, kept: NDArray[np.int64], beta: float) -> Batch:

@@ -268,6 +268,34 @@ def test_no_batch_has_a_torn_row_while_a_fast_writer_overwrites_the_table(
     assert client.info()["num_refused"] == num_refused
 
 
+def test_only_overtaken_rows_are_copied_again_and_the_batch_is_that_of_their_substitutes(client, monkeypatch):
+    add(client, "prioritized", np.arange(8), np.ones(8))
+    with client.sampler("prioritized", batch_size=16, prefetch=1) as sampler:
+        generations = sampler._generations.copy()
+        sampler._generations = generations
+        gatherer, replaced = sampler._gatherer, []
+        gather, replace = gatherer.gather, gatherer.replace
+
+        def overtake(rows):
+            gather(rows)
+            generations[rows[3]] += 1  # while it was copied; what was drawn twice is overtaken twice
+
+        def note(places, rows):
+            replaced.append((places, rows))
+            replace(places, rows)
+
+        monkeypatch.setattr(gatherer, "gather", overtake)
+        monkeypatch.setattr(gatherer, "replace", note)
+        batch = sampler.sample()
+        ((places, rows),) = replaced
+        assert 3 in places
+        assert len(places) < 16
+        np.testing.assert_array_equal(batch.indices.numpy()[places], rows)
+        assert (generations[batch.indices.numpy()] == batch.generations.numpy()).all()
+        block = gatherer._rows.numpy()[batch.indices.numpy()]
+        np.testing.assert_array_equal(gatherer._blocks._filled, block)
+
+
 def test_a_row_that_another_writer_holds_is_never_sampled(server, client, children, pipe, receive):
     for number in range(3):  # so that reserved rows hold old contents
         with client.writer("replay", num_envs=1, chunk_size=8) as writer:
