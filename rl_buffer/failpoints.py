@@ -36,6 +36,9 @@ FAILPOINTS = (
     "sampler.half_gathered",  # rows are copied, their generations not looked at
     "sampler.gathered",
     "sampler.updated",  # new priorities are sent
+    # A table whose items leave with their last use gets them back, and a running one another limiter.
+    "consumer.released",  # the server is told that they are copied, the learner has not got them
+    "limiter.changed",  # and written down, but nobody was told
     # Rollouts are written.
     "rollout_writer.opened",
     "rollout_writer.began",  # a fragment is held

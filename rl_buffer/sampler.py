@@ -179,7 +179,7 @@ class ReplaySampler(ChannelUser):
         """Say that these rows are copied, and ask for another batch."""
         wanted = max(0, self._prefetch - self._outstanding)
         self._send_credit(wanted, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
-        reached("sampler.released")
+        reached("consumer.released")
 
     def _gather(self, sample: Sample) -> NDArray[np.int64] | None:
         """Copy the batch's rows; return which draws it was made of, or None if no draw survived."""

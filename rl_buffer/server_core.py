@@ -683,7 +683,7 @@ class ServerCore:
         # Commits need no look: of a chunk of any size each item passes as soon as it may.
         state.limiter.set(limiter)
         self._ledger.limited(table.name, state.limiter)
-        reached("server.limited")
+        reached("limiter.changed")
 
     def _open_writer(self, session: Session, request: messages.OpenWriter, outgoing: Outgoing) -> messages.Opened:
         table, channel_id = self._table(request.table), self._new_channel(session, request.channel)

@@ -1,14 +1,16 @@
-"""Measure rl_buffer beside other libraries, in one process and in many: tables, a chart and a JSON file.
+"""Measure rl_buffer beside other libraries, in one process and with a server: tables, a chart and a JSON file.
 
 uv run scripts/bench.py                            everything, about twenty minutes
-uv run scripts/bench.py --sections gae             one part
-uv run scripts/bench.py --quick                    seconds: does it run? Its figures say little
-uv run scripts/bench.py --install-reverb           Reverb as well, in an environment of its own
-uv pip install cpprb stable-baselines3 torchrl     the others, of which any may be missing
+uv run scripts/bench.py --sections mixed stall     some parts
+uv run scripts/bench.py --quick                    seconds each: does it run? Its figures say little
+uv pip install cpprb stable-baselines3 torchrl     the others, of which any may be missing (Reverb: --reverb-python)
 
-in-process, gae    one process and one thread          stall     the same, from 1 writer to 8
-startup            actors until they can write         images    4 x 84 x 84 uint8, beside a raw index_select
-mixed              2 writers and a learner at once     payload, server    bytes per second; the server's own CPU
+in-process    buffers in the learner's process               images     4 x 84 x 84 frames beside raw copies
+gae           advantages of a rollout                        payload    400 B to 400 KB, bytes in and out
+startup       actors until they can write, their memory      server     messages per core, share of a core
+mixed         2 writers and a learner at once                stall      the learner beside 1 to 8 writers
+
+From mixed on, the processes of each library form a team, and teams take turns on the same cores: ratios are of a turn.
 
 A promise that is not met is reported and does not change the exit status: timings of a busy machine are no test.
 """
@@ -32,13 +34,14 @@ os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM
 import torch
 import tyro
 from benchmarks.advantages import GAE, TENSORS, gae
-from benchmarks.images import ALONE, FLOOR, PAPER, READ, images
+from benchmarks.images import ALONE, GATHER_FLOOR, PAPER, SAMPLED, images
 from benchmarks.in_process import ADD, GET, in_process
 from benchmarks.measure import OURS, Case, Measurement, Options
-from benchmarks.mixed import INSERTS, PER_CPU, SAMPLES, SLOWEST, TWO_WRITERS, mixed, stall
+from benchmarks.mixed import INSERTS, P99, SAMPLES, SIZE, mixed
 from benchmarks.payload import payload
 from benchmarks.report import Bar, Report
 from benchmarks.server_load import server_load
+from benchmarks.stall import PER_CPU_S, stall
 from benchmarks.startup import ARRAYS_ONLY, CONNECTED, RESIDENT, startup
 from benchmarks.teams import CPPRB, REVERB
 from rich.console import Console
@@ -63,13 +66,13 @@ QUICK = Options(
     slice_s=0.01,
     num_actors=(1,),
     num_starts=1,
-    served_size=10_000,
+    num_team_turns=2,
+    team_s=0.2,
+    team_capacity=10_000,
+    table_nbytes=50_000_000,
     num_writers=(1, 2),
-    served_s=0.1,
-    served_turns=2,
-    images_nbytes=20 << 20,
-    payloads=("4 KB",),
-    payload_nbytes=20 << 20,
+    payloads_nbytes=(400,),
+    reverb_python="",
 )
 BARS = (
     Bar("prioritized get, 1 M: cpprb / rl_buffer", Case(GET, "1 M", "cpprb"), Case(GET, "1 M", OURS), at_least=5),
@@ -80,21 +83,17 @@ BARS = (
         "GAE 128 x 8: loop over tensors / rl_buffer", *(Case(GAE, "128 x 8", x) for x in (TENSORS, OURS)), at_least=100
     ),
     Bar("16 actors connected: times as long as 1", Case(CONNECTED, "16", OURS), Case(CONNECTED, "1", OURS), below=3),
-    *(
-        Bar(
-            f"{name}, 2 writers: rl_buffer / {peer}",
-            *(Case(name, TWO_WRITERS, x) for x in (peer, OURS)),
-            at_least=least,
-        )
-        for peer, least in ((CPPRB, 10), (REVERB, 50))
-        for name in (INSERTS, SAMPLES)
-    ),
-    Bar(f"p99 of a learner: {CPPRB} / rl_buffer", *(Case(SLOWEST, TWO_WRITERS, x) for x in (CPPRB, OURS)), at_least=3),
-    Bar("samples per CPU second: 1 writer / 8", *(Case(PER_CPU, x, OURS) for x in ("8", "1")), below=1.25),
-    Bar("images alone: index_select / rl_buffer", Case(READ, ALONE, OURS), Case(READ, ALONE, FLOOR), below=1 / 0.8),
-    Bar("images, 2 writers: likewise", Case(READ, PAPER, OURS), Case(READ, ALONE, FLOOR), below=1 / 0.7),
     Bar("an actor without torch connected: seconds", Case(CONNECTED, "1", ARRAYS_ONLY), below=0.5),
     Bar("an actor without torch resident: megabytes", Case(RESIDENT, "1", ARRAYS_ONLY), below=80),
+    *(
+        Bar(f"mixed: {operation}: {OURS} / {peer}", Case(operation, SIZE, peer), Case(operation, SIZE, OURS), least)
+        for peer, least in ((CPPRB, 10), (REVERB, 50))
+        for operation in (INSERTS, SAMPLES)
+    ),
+    Bar("mixed: learner's p99: cpprb MP / rl_buffer", Case(P99, SIZE, CPPRB), Case(P99, SIZE, OURS), at_least=3),
+    Bar("stall: samples per CPU second, 1 writer / 8", *(Case(PER_CPU_S, n, OURS) for n in ("8", "1")), below=1.25),
+    Bar("images: index_select / learner alone", *(Case(SAMPLED, ALONE, x) for x in (OURS, GATHER_FLOOR)), below=1.25),
+    Bar("images: index_select / with writers", *(Case(SAMPLED, PAPER, x) for x in (OURS, GATHER_FLOOR)), below=1.43),
 )
 
 
@@ -108,7 +107,7 @@ class Bench:
     """Directory for bench.json and bench.png."""
     measure: tyro.conf.OmitArgPrefixes[Options] = field(default_factory=Options)
     quick: bool = False
-    """Small buffers, few turns of 0.1 s or less, 1 actor; the options of the measurements do not count then."""
+    """Small buffers, 2 or 3 turns of 0.01 to 0.2 s; the options of the measurements do not count then."""
 
 
 def main(options: Bench) -> None:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 
 import rl_buffer as rb
-from rl_buffer import messages
+from rl_buffer import failpoints, messages
 
 WIDTH = 256  # int64 numbers per observation: wide enough that a gather takes a while
 NUMBERED_SPEC = rb.TransitionSpec(
@@ -288,6 +288,14 @@ def write_half_of_a_chunk(address, pipe, first_number):
         client.reconnect()
         writer.close()
     pipe.send("done")
+
+
+def take_until_killed(address, pipe, table, batch_size, failpoint):
+    """Take batches, saying the numbers of each, as far as a failpoint."""
+    sampler = rb.connect(address, 30.0, name="victim").sampler(table, batch_size, prefetch=0)
+    failpoints.arm(failpoint)
+    while True:
+        pipe.send((sampler.sample(timeout_s=30.0).actions // 7).tolist())
 
 
 def prefetch_and_wait(address, pipe, table, batch_size):

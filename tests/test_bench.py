@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).resolve().parent.parent
-DEADLINE_S = 850.0  # a minute where nothing else runs: only a hang reaches it
-SERVED_PEERS = {"cpprb MP": "cpprb", "Reverb": None}
-PEERS = {"cpprb": "cpprb", "SB3": "stable-baselines3", "torchrl": "torchrl"}
+DEADLINE_S = 550.0  # a minute where nothing else runs: only a hang reaches it
+PEERS = {"cpprb": "cpprb", "cpprb MP": "cpprb", "SB3": "stable-baselines3", "torchrl": "torchrl"}
+IN_PROCESS_PEERS = {"cpprb", "SB3", "torchrl"}
 BUFFER_OPERATIONS = {("prioritized get of 256", size): {"rl_buffer", "gather only", "cpprb"} for size in ("1 k", "4 k")}
 BUFFER_OPERATIONS |= {
     (operation, size): {"rl_buffer", "cpprb"}
@@ -22,8 +22,8 @@ BUFFER_OPERATIONS |= {
 }
 BUFFER_OPERATIONS |= {
     ("add 1 step of 64 envs", "1 k"): {"rl_buffer", "cpprb"},
-    ("uniform get of 256", "1 k"): {"rl_buffer", *PEERS},
-    ("uniform: add 1 step of 1 env", "1 k"): {"rl_buffer", *PEERS},
+    ("uniform get of 256", "1 k"): {"rl_buffer", *IN_PROCESS_PEERS},
+    ("uniform: add 1 step of 1 env", "1 k"): {"rl_buffer", *IN_PROCESS_PEERS},
 }
 STARTUP_OPERATIONS = {
     (operation, "1"): {"rl_buffer", "spawn", "arrays only"}
@@ -34,34 +34,41 @@ STARTUP_OPERATIONS |= {
 }
 LOOPS = {"loop over floats", "loop over arrays", "loop over tensors"}
 GAE_OPERATIONS = {("GAE of a rollout", size): {"rl_buffer", "torchrl"} | LOOPS for size in ("128 x 8", "128 x 1024")}
-
-SERVED_OPERATIONS = {
-    (operation, "2 writers"): {"rl_buffer", *SERVED_PEERS}
+TEAMS = {"rl_buffer", "cpprb MP"}
+TEAM_OPERATIONS = {
+    (operation, "2 writers"): TEAMS | {"Reverb"}
     for operation in (
-        "inserts, with a learner",
-        "samples, with writers",
-        "sample and update, p50",
-        "sample and update, p99",
+        "transitions added",
+        "transitions sampled",
+        "learner's step: median",
+        "learner's step: 99th percentile",
     )
 }
-SERVED_OPERATIONS |= {
-    (operation, size): {"rl_buffer", "cpprb MP"}
-    for operation in ("samples per second of the learner's CPU", "samples of the learner", "learner waits")
-    for size in ("1", "2")
+TEAM_OPERATIONS |= {
+    (operation, number): TEAMS
+    for number in ("1", "2")
+    for operation in (
+        "samples per second of the learner's CPU",
+        "samples, by writers",
+        "inserts, by writers",
+        "learner neither runs nor queues for a core",
+        "learner queues for a core",
+    )
 }
-SERVED_OPERATIONS |= {
-    ("images read by the learner", "alone"): {"rl_buffer", "index_select", "copy"},
-    ("images read by the learner", "2 writers, 12.5 k/s"): {"rl_buffer"},
-    ("images in, with a learner", "2 writers, all they can"): {"rl_buffer", "cpprb MP"},
-    ("images out, with writers", "2 writers, all they can"): {"rl_buffer", "cpprb MP"},
-    ("bytes in, with a learner", "4 KB"): {"rl_buffer", *SERVED_PEERS},
-    ("bytes out, with 2 writers", "4 KB"): {"rl_buffer", *SERVED_PEERS},
+PACED, UNLIMITED = "2 writers, 12.5 k/s", "2 writers, no limit"
+FLOORS = {"index_select alone", "copy alone"}
+TEAM_OPERATIONS |= {("bytes sampled", label): TEAMS | FLOORS for label in ("no writer", PACED, UNLIMITED)}
+TEAM_OPERATIONS |= {("images: sampled", label): TEAMS for label in ("no writer", PACED, UNLIMITED)}
+TEAM_OPERATIONS |= {("images: added", label): TEAMS for label in (PACED, UNLIMITED)}
+TEAM_OPERATIONS |= {
+    (operation, "400 B"): TEAMS | {"Reverb"} for operation in ("bytes added", "bytes sampled, by payload")
 }
-SERVED_OPERATIONS |= {
-    (operation, size): {"rl_buffer"}
-    for operation in ("messages per second of the server's CPU", "a core that the server takes")
-    for size in ("2 writers, all they can", "the Ape-X paper's load")
+TEAM_OPERATIONS |= {
+    (operation, label): {"rl_buffer"}
+    for operation in ("control messages per second of server CPU", "server's share of a core")
+    for label in ("no limit", "the paper's load")
 }
+UNITS = ("microseconds", "milliseconds", "seconds", "megabytes", "percent", "per second", "megabytes per second")
 
 
 def run_bench(*options):
@@ -88,13 +95,14 @@ def test_every_operation_has_a_measurement_of_every_candidate_or_says_why_not(be
     for row in document["measurements"]:
         found.setdefault((row["operation"], row["size"]), set()).add(row["candidate"])
         if "missing" in row:
-            peer = (PEERS | SERVED_PEERS).get(row["candidate"])
+            peer = PEERS.get(row["candidate"])
             is_slow = (row["size"], row["candidate"]) == ("128 x 1024", "loop over tensors")
-            assert is_slow or peer is None or document["environment"]["versions"][peer] is None, row
+            is_left_out = (row["candidate"], row["missing"]) == ("Reverb", "not asked for (--reverb-python)")
+            assert is_slow or is_left_out or document["environment"]["versions"][peer] is None, row
         else:
-            (spread,) = (value for value in row.values() if isinstance(value, dict))
+            (spread,) = (row[unit] for unit in UNITS if unit in row)
             assert 0 <= spread["min"] <= spread["q1"] <= spread["median"] <= spread["q3"]
-    assert found == BUFFER_OPERATIONS | GAE_OPERATIONS | STARTUP_OPERATIONS | SERVED_OPERATIONS
+    assert found == BUFFER_OPERATIONS | GAE_OPERATIONS | STARTUP_OPERATIONS | TEAM_OPERATIONS
 
 
 def test_ratios_compare_each_measured_candidate_with_ours(bench):
@@ -103,22 +111,8 @@ def test_ratios_compare_each_measured_candidate_with_ours(bench):
     assert len(document["ratios"]) == len(measured) - measured.count("rl_buffer")
     for row in document["ratios"]:
         assert row["faster"] == row["slower"] | {"candidate": "rl_buffer"}
-        assert 0 < row["ratio"]["q1"] <= row["ratio"]["q3"]
-
-
-def test_of_rates_the_ratio_is_how_many_times_ours_is_as_high(bench):
-    _, document, _ = bench
-    rows = {(row["operation"], row["size"], row["candidate"]): row for row in document["measurements"]}
-    (ratio,) = (
-        row["ratio"]
-        for row in document["ratios"]
-        if (row["slower"]["operation"], row["slower"]["candidate"]) == ("images read by the learner", "copy")
-    )
-    ours, copy = (
-        rows["images read by the learner", "alone", name]["gigabytes_per_second"] for name in ("rl_buffer", "copy")
-    )
-    assert ours["min"] / copy["q3"] <= ratio["median"] + 1e-9
-    assert ratio["min"] <= 1.0 or ours["q3"] >= copy["min"]
+        # In a fifth of a second on a busy machine a writer may add nothing: there is no ratio then.
+        assert row["ratio"] is None or 0 <= row["ratio"]["q1"] <= row["ratio"]["q3"]
 
 
 def test_the_run_says_where_and_with_what_it_was_made(bench):
@@ -135,7 +129,9 @@ def test_bars_of_sizes_that_were_not_measured_are_neither_met_nor_failed(bench):
     _, document, _ = bench
     for bar in document["bars"]:
         assert (bar["met"] is None) == (bar["measured"] is None)
-        assert bar["met"] is not None or not bar["promise"].startswith(("GAE", "an actor without torch", "images"))
+        if not bar["promise"].startswith("mixed"):  # as cpprb is installed or not
+            measured = ("GAE", "an actor without torch", "images")
+            assert (bar["met"] is None) == (not bar["promise"].startswith(measured)), bar
 
 
 def test_figures_of_a_start_are_in_seconds_and_in_megabytes_of_the_process_that_they_are_of(bench):
@@ -171,11 +167,11 @@ def test_the_chart_shows_something(bench):
 
 
 def test_an_unknown_section_is_refused_with_those_that_there_are():
-    result = run_bench("--quick", "--sections", "gpu")
+    result = run_bench("--quick", "--sections", "speed")
     assert result.returncode == 1
-    assert result.stderr.splitlines() == [
-        "InvalidInput: --sections takes in-process, gae, startup, mixed, stall, images, payload, server, not gpu"
-    ]
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("InvalidInput: --sections takes in-process, gae, startup, mixed,")
+    assert line.endswith("server, not speed")
 
 
 @pytest.fixture
@@ -212,6 +208,30 @@ def test_a_ratio_is_the_median_of_the_turns_and_not_a_ratio_of_medians(benchmark
     slow, fast = measure.Case("job", "", "peer"), measure.Case("job", "", "rl_buffer")
     rows = [measure.Measurement("s", slow, (1.0, 4.0, 9.0)), measure.Measurement("s", fast, (1.0, 2.0, 9.0))]
     assert report.Report(rows, []).ratio(slow, fast)["median"] == 1.0  # of 1, 2, 1; the medians' ratio is 2
+
+
+def test_of_rates_the_faster_one_has_the_higher_and_where_nothing_was_done_there_is_no_ratio(benchmarks):
+    measure, report = benchmarks
+    slow, fast = measure.Case("rate", "", "peer"), measure.Case("rate", "", "rl_buffer")
+    for peers, ratio in (((10.0, 20.0), 4.0), ((0.0, 20.0), None)):
+        rows = [
+            measure.Measurement("s", case, values, unit=measure.PER_SECOND)
+            for case, values in ((slow, peers), (fast, (40.0, 80.0)))
+        ]
+        spread = report.Report(rows, []).ratio(slow, fast)
+        assert (spread and spread["median"]) == ratio
+
+
+def test_a_team_that_cannot_start_is_left_out_with_its_last_words(benchmarks, monkeypatch):
+    measure, _ = benchmarks
+    from benchmarks import teams
+
+    options = measure.Options(reverb_python=sys.executable, team_capacity=100)
+    with teams.teams(("Reverb",), teams.vectors(options), options) as running:
+        assert "No module named 'reverb'" in running["Reverb"]
+    results = teams.take_turns(running, {"rl_buffer": {"label": teams.Turn(1, 0.1)}}, options)
+    (row,) = results.measurements("mixed", "operation", measure.PER_SECOND, teams.inserts_per_s, ["label"])
+    assert (row.case.candidate, row.values, row.missing) == ("Reverb", (), running["Reverb"])
 
 
 @pytest.mark.parametrize(

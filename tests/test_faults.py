@@ -220,6 +220,7 @@ def test_a_killed_servers_address_serves_again_and_old_clients_learn_of_it(tmp_p
     add_numbers(old, range(5))
     writer = old.writer("replay", num_envs=1, chunk_size=1)
     os.kill(first.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, first.pid, os.WEXITED | os.WNOWAIT)
     second = rb.BufferServer({"replay": TABLE}, address)
     with second:
         new = connect(address)

@@ -20,7 +20,7 @@ from episode_envs import (
 import rl_buffer as rb
 from actors.replay import Decision, run_replay_actor
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 torch.set_num_threads(1)
 
 NUM_ACTORS, E, NUM_STEPS = 2, 3, 150

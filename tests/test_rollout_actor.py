@@ -8,7 +8,7 @@ from episode_envs import KINDS, SPEC, EpisodeEnvs, make_envs, numbers_of, play, 
 import rl_buffer as rb
 from actors.rollout import Choice, run_rollout_actor
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(120)
 torch.set_num_threads(1)
 
 NUM_ACTORS, T, E, GAMMA, GAE_LAMBDA = 2, 6, 3, 0.9, 0.7

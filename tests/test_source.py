@@ -32,6 +32,7 @@ OF_TIME |= {"thread_time_ns", "sleep"}
 
 ALLOWED = {
     ("learner/run_directory.py", "wall clock"): "the name of a new run's directory, which nobody compares",
+    ("learner/reporters.py", "wall clock"): "the moment that TensorBoard shows beside a figure, which nobody compares",
     ("rl_buffer/launch.py", "pickled functions"): "a parent hands its own children their functions",
     ("scripts/benchmarks/trainer.py", "pickled functions"): "likewise, to measure what that costs",
 }

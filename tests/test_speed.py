@@ -1,10 +1,11 @@
-"""A guard against becoming slow: ratios of CPU time in one run, taken in turns, the least of many, with wide margins.
+"""What must not become slow without anybody noticing, as ratios to the bare work, with margins of three and more.
 
-Each limit is three times or more of what was measured (6.7, 3.0 and 1.3 on a busy machine), so that only a change of
-kind reaches it: a loop in Python over a batch, a round trip on the hot path, a copy of a whole table.
+Candidates take turns, the quickest of many turns counts, and only CPU time does: what else the machine does decides
+nothing here. Where they stand and what is promised: scripts/bench.py.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,73 +13,106 @@ import torch
 
 import rl_buffer as rb
 
+OBS_SIZE, ACTION_SIZE, BATCH_SIZE, CAPACITY = 17, 6, 256, 100_000
+NUM_TURNS, DEADLINE_S = 20, 60.0
+GET_LIMIT, ADD_LIMIT, SERVED_LIMIT = 10.0, 20.0, 10.0  # 2.8, 6.1 and 2.6 to 3.1 were measured
 pytestmark = pytest.mark.timeout(240)
 
-OBS, ACTION, BATCH_SIZE, NUM_ENVS = 17, 6, 256, 64
-NAMES = ("obs", "action", "reward", "done", "next_obs")
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
-def least_cpu_s(*calls, num_turns=60, num_calls=10):
-    """Of each function the least CPU time of this thread, in seconds, of so many turns."""
-    least = [np.inf] * len(calls)
-    for _ in range(num_turns):
-        for number, call in enumerate(calls):
-            started_s = time.thread_time()
-            for _ in range(num_calls):
-                call()
-            least[number] = min(least[number], (time.thread_time() - started_s) / num_calls)
-    return least
-
-
-def steps(num_rows):
+def columns(num_rows):
     random = np.random.default_rng(0)
-    obs, next_obs = (random.random((num_rows, OBS), np.float32) for _ in range(2))
-    action, reward = random.random((num_rows, ACTION), np.float32), random.random(num_rows, np.float32)
-    return dict(zip(NAMES, (obs, action, reward, np.zeros(num_rows, np.bool_), next_obs), strict=True))
+    return {
+        "observations": random.random((num_rows, OBS_SIZE), np.float32),
+        "actions": random.random((num_rows, ACTION_SIZE), np.float32),
+        "rewards": random.random(num_rows, np.float32),
+        "dones": np.zeros(num_rows, np.bool_),
+        "next_observations": random.random((num_rows, OBS_SIZE), np.float32),
+    }
+
+
+def ratio_of_the_quickest_turns(job, bare, *, calls, clock_s=time.thread_time):
+    """Of two functions in alternation, `calls` calls a turn."""
+
+    def seconds(call):
+        started_s = clock_s()
+        for _ in range(calls):
+            call()
+        return clock_s() - started_s
+
+    turns = [(seconds(job), seconds(bare)) for _ in range(NUM_TURNS)]
+    return min(turn[0] for turn in turns) / min(turn[1] for turn in turns)
 
 
 @pytest.fixture
 def buffer():
-    size = 65_536
-    buffer = rb.PrioritizedReplayBuffer(size // NUM_ENVS, NUM_ENVS, OBS, ACTION, alpha=0.6, beta=0.4, seed=0)
-    columns = dict(
-        zip(("observations", "actions", "rewards", "dones", "next_observations"), steps(size).values(), strict=True)
-    )
-    buffer.extend(columns, np.random.default_rng(0).random(size))
+    """Full."""
+    buffer = rb.PrioritizedReplayBuffer(CAPACITY, 1, OBS_SIZE, ACTION_SIZE, alpha=0.6, beta=0.4, seed=0)
+    buffer.extend(columns(CAPACITY), np.random.default_rng(0).random(CAPACITY))
     return buffer
 
 
-def test_a_prioritized_get_takes_less_than_twenty_raw_gathers_of_its_rows(buffer):
+def looked_at(batch):
+    _ = (batch.observations, batch.actions, batch.rewards, batch.dones, batch.next_observations, batch.weights)
+    return batch
+
+
+def test_a_prioritized_get_takes_a_few_times_as_long_as_the_bare_gather_of_its_rows(buffer):
     rows = buffer._rows.block
-    numbers, gathered = torch.randint(len(rows), (BATCH_SIZE,)), torch.empty_like(rows[:BATCH_SIZE])
-    get, gather = least_cpu_s(
-        lambda: buffer.get(BATCH_SIZE), lambda: torch.index_select(rows, 0, numbers, out=gathered)
-    )
-    assert get / gather < 20, f"{get * 1e6:.1f} us against {gather * 1e6:.1f}"
+    numbers, batch = torch.empty(BATCH_SIZE, dtype=torch.int64), torch.empty_like(rows[:BATCH_SIZE])
+
+    def gather():
+        torch.randint(len(rows), (BATCH_SIZE,), out=numbers)
+        torch.index_select(rows, 0, numbers, out=batch)
+
+    ratio = ratio_of_the_quickest_turns(lambda: looked_at(buffer.get(BATCH_SIZE)), gather, calls=20)
+    assert ratio < GET_LIMIT, ratio
 
 
-def test_an_add_takes_less_than_ten_times_as_long_as_assigning_its_columns(buffer):
-    step = steps(NUM_ENVS)
-    stored = {name: np.empty((1024, *column.shape), column.dtype) for name, column in step.items()}
+def test_an_add_takes_a_few_times_as_long_as_assignments_to_arrays(buffer):
+    step = [column[0] for column in columns(1).values()]
+    arrays = [np.zeros((CAPACITY, *np.shape(value)), np.asarray(value).dtype) for value in step]
+    turn = 0
 
     def assign():
-        for name, column in step.items():
-            stored[name][7] = column
+        nonlocal turn
+        turn = (turn + 1) % CAPACITY
+        for array, value in zip(arrays, step, strict=True):
+            array[turn] = value
 
-    add, assigned = least_cpu_s(lambda: buffer.add(**step), assign)
-    assert add / assigned < 10, f"{add * 1e6:.1f} us against {assigned * 1e6:.1f}"
+    ratio = ratio_of_the_quickest_turns(lambda: buffer.add(*step), assign, calls=256)
+    assert ratio < ADD_LIMIT, ratio
 
 
-def test_a_served_sample_and_update_costs_the_learner_less_than_five_times_one_in_process(buffer, serve, connect):
-    spec = rb.TransitionSpec(obs=rb.Field((OBS,)), action=rb.Field((ACTION,)))
-    client = connect(serve(rb.ReplayTable(spec, capacity=10_000, sampler=rb.Prioritized(alpha=0.6), seed=0)))
-    with client.writer("replay", num_envs=NUM_ENVS, autoreset=None) as writer:
-        for _ in range(40):
-            writer.add(**steps(NUM_ENVS))
+def test_a_served_sample_and_update_take_a_few_times_the_time_of_all_cores_that_they_take_in_process(
+    buffer, serve, connect
+):
+    spec = rb.TransitionSpec(obs=rb.Field((OBS_SIZE,)), action=rb.Field((ACTION_SIZE,)))
+    server = serve(rb.ReplayTable(spec, CAPACITY, rb.Prioritized(alpha=0.6), seed=0))
+    client = connect(server.address)
+    with client.writer("replay", num_envs=1, autoreset=None, chunk_size=1_000) as writer:
+        for _ in range(CAPACITY // 1_000):
+            writer.extend(columns(1_000), np.random.default_rng(0).random(1_000))
     td_errors = torch.rand(BATCH_SIZE)
-    with client.sampler("replay", batch_size=BATCH_SIZE, beta=0.4) as sampler:
-        served, local = least_cpu_s(
-            lambda: sampler.update_priorities(sampler.sample(timeout_s=60.0), td_errors),
-            lambda: buffer.update_priorities(buffer.get(BATCH_SIZE), td_errors),
-        )
-    assert served / local < 5, f"{served * 1e6:.1f} us against {local * 1e6:.1f}"
+
+    def cpu_s():
+        tasks = Path(f"/proc/{server.pid}/task").iterdir()
+        return time.process_time() + 1e-9 * sum(int((task / "schedstat").read_text().split()[0]) for task in tasks)
+
+    def in_process():
+        buffer.update_priorities(looked_at(buffer.get(BATCH_SIZE)), td_errors)
+
+    with client.sampler("replay", batch_size=BATCH_SIZE, beta=0.4, timeout_s=DEADLINE_S) as sampler:
+
+        def served():
+            sampler.update_priorities(looked_at(sampler.sample()), td_errors)
+
+        ratio = ratio_of_the_quickest_turns(served, in_process, calls=50, clock_s=cpu_s)
+    assert ratio < SERVED_LIMIT, ratio

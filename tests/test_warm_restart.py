@@ -103,7 +103,11 @@ def test_contents_priorities_statistics_and_counts_are_those_of_the_killed_serve
     after = connect(server)
     assert numbers(after) == list(range(36, 100))
     assert after.stats() == stats
-    assert replay_info(after) == info
+    # What was looked at in the last seconds is not kept.
+    recent = {"inserts_per_s", "samples_per_s", "samples_per_insert_now", "sampled_items"}
+    assert {name: value for name, value in replay_info(after).items() if name not in recent} == {
+        name: value for name, value in info.items() if name not in recent
+    }
     assert weights(after.sampler("replay", batch_size=1000, prefetch=0)) == drawn
     add_numbers(after, range(100, 110))
     assert numbers(after) == list(range(46, 110))

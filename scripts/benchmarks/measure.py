@@ -7,8 +7,6 @@ Knows nothing of buffers.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 OURS = "rl_buffer"
 
@@ -19,14 +17,12 @@ class Unit:
 
     name: str
     per_second_or_byte: float
-    more_is_better: bool = False  # a rate: ratios are taken the other way round
+    is_rate: bool = False  # more is better
 
 
 MICROSECONDS, SECONDS, MEGABYTES = Unit("microseconds", 1e6), Unit("seconds", 1.0), Unit("megabytes", 1e-6)
 MILLISECONDS, PERCENT = Unit("milliseconds", 1e3), Unit("percent", 100.0)
-PER_SECOND = Unit("per_second", 1.0, more_is_better=True)
-MEGABYTES_PER_SECOND = Unit("megabytes_per_second", 1e-6, more_is_better=True)
-GIGABYTES_PER_SECOND = Unit("gigabytes_per_second", 1e-9, more_is_better=True)
+PER_SECOND, MEGABYTES_PER_SECOND = Unit("per second", 1.0, True), Unit("megabytes per second", 1e-6, True)
 
 
 @dataclass
@@ -43,30 +39,20 @@ class Options:
     """Actors that are started at once."""
     num_starts: int = 3
     """How often they are started."""
-    served_size: int = 1_000_000
-    """Transitions of 17 + 6 floats in the tables of mixed, stall and server."""
+    num_team_turns: int = 5
+    """How often each team of processes is measured (mixed, stall, images, payload, server)."""
+    team_s: float = 2.0
+    """Seconds of one such measurement."""
+    team_capacity: int = 1_000_000
+    """Transitions in the served tables (mixed, stall, server)."""
+    table_nbytes: int = 1_800_000_000
+    """Bytes in the served tables (images, payload): more than the caches, and it must fit into memory twice."""
     num_writers: tuple[int, ...] = (1, 2, 4, 8)
-    """Writers of stall."""
-    served_s: float = 2.0
-    """Seconds of one turn of writers and learner."""
-    served_turns: int = 7
-    """How often writers and learner are measured."""
-    images_nbytes: int = 3 << 30
-    """Bytes of the table of images; a third of the free memory at most."""
-    payloads: tuple[Literal["17 + 6 floats", "400 B", "4 KB", "40 KB", "400 KB"], ...] = (
-        "17 + 6 floats",
-        "400 B",
-        "4 KB",
-        "40 KB",
-        "400 KB",
-    )
-    """Sizes of a transition in payload."""
-    payload_nbytes: int = 1 << 28
-    """Bytes of each table of payload."""
-    reverb_python: Path | None = None
-    """An interpreter with dm-reverb and TensorFlow."""
-    install_reverb: bool = False
-    """Let uv make an environment for Reverb where no interpreter is given (a download of 0.6 GB)."""
+    """Writers of section stall."""
+    payloads_nbytes: tuple[int, ...] = (400, 4_000, 40_000, 400_000)
+    """Bytes of the observations of one transition in section payload."""
+    reverb_python: str = "uv"
+    """Interpreter that has dm-reverb[tensorflow]; "uv" has uv fetch one (700 MB), "" leaves Reverb out."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds per call, bytes or rates of one case, by turn; empty where it could not be measured, and then why not."""
+    """Seconds per call or bytes of one case, by turn; empty where it could not be measured, and then why not."""
 
     section: str
     case: Case

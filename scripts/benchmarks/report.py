@@ -21,13 +21,13 @@ _SIZE_LABELS = {
     "stall": "writers",
     "payload": "bytes of a transition",
 }
-_CURVES = {"stall"}  # sections whose sizes are numbers that a line may join
+_CURVES = {"stall"}  # sections whose sizes are drawn as a line
 _LINEAR = 100  # an axis from 0, on which lengths can be compared, up to this ratio of largest to smallest
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A promise of this project: the limits of slower / faster, or of `slower` itself in its unit."""
+    """A promise of this project: the limits of how many times as fast the faster one is, or of a value in its unit."""
 
     promise: str
     slower: Case
@@ -47,12 +47,14 @@ class Report:
         self._candidates = _distinct(m.case.candidate for m in measurements)
 
     def ratio(self, slower: Case, faster: Case) -> dict[str, float] | None:
-        """Turn by turn, of rates the faster over the slower; None where one of them was not measured."""
+        """How many times as fast, turn by turn; None where one of them was not measured."""
         if slower not in self._values or faster not in self._values:
             return None
-        if self._units[slower].more_is_better:
-            slower, faster = faster, slower
-        return _spread(self._values[slower] / self._values[faster])
+        # Of rates the other way round. In a turn of a hundredth of a second nothing may have been done.
+        low, high = (faster, slower) if self._units[slower].is_rate else (slower, faster)
+        below = np.where(self._values[high] == 0, np.nan, self._values[high])
+        ratios = self._values[low] / below
+        return _spread(ratios) if np.isfinite(ratios).all() else None
 
     def measurements(self) -> list[dict[str, Any]]:
         """For JSON: the spread under the name of its unit, or why there is none."""
@@ -99,9 +101,7 @@ class Report:
             axes.axis("off")
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
         figure.legend(handles, self._candidates, loc="outside lower center", ncols=len(handles))
-        figure.suptitle(
-            "Medians, with whiskers from quartile to quartile; calls in one process are timed with one thread"
-        )
+        figure.suptitle("Medians, with whiskers from quartile to quartile; of rates more is better, of times less")
         figure.savefig(path)
         pyplot.close(figure)
 
@@ -112,7 +112,7 @@ class Report:
         table = Table("operation", "size", "unit", *names, title=title)
         for operation, size, unit in _distinct((case.operation, case.size, self._units[case].name) for case in cases):
             rows = (cases.get(Case(operation, size, name)) for name in names)
-            table.add_row(operation, size, _words(unit), *("" if m is None else self._cell(m) for m in rows))
+            table.add_row(operation, size, unit, *("" if m is None else self._cell(m) for m in rows))
         return table
 
     def _cell(self, measurement: Measurement) -> str:
@@ -135,52 +135,38 @@ class Report:
     def _draw_operation(self, axes: Any, operation: str) -> None:
         cases = [case for case in self._values if case.operation == operation]
         sizes, names = _distinct(case.size for case in cases), _distinct(case.candidate for case in cases)
-        if self._section(operation) in _CURVES:
-            self._draw_curves(axes, cases, sizes, names)
-            return
-        width = 0.85 / len(names)
+        width, is_curve = 0.85 / len(names), self._section(operation) in _CURVES
         for i, name in enumerate(names):
             mine = [case for case in cases if case.candidate == name]
             spreads = [_spread(self._values[case] * self._units[case].per_second_or_byte) for case in mine]
             medians = [spread["median"] for spread in spreads]
             whiskers = [[s["median"] - s["q1"] for s in spreads], [s["q3"] - s["median"] for s in spreads]]
+            if is_curve:
+                places = [sizes.index(case.size) for case in mine]
+                axes.errorbar(places, medians, whiskers, marker="o", capsize=2, color=self._colour(name))
+                for place, median in zip(places, medians, strict=True):
+                    axes.annotate(_rounded(median), (place, median), (4, 4), textcoords="offset points", fontsize=7)
+                continue
             places = [sizes.index(case.size) + (i - (len(names) - 1) / 2) * width for case in mine]
             bars = axes.bar(places, medians, width, yerr=whiskers, capsize=2, color=self._colour(name))
             axes.bar_label(bars, [_rounded(median) for median in medians], fontsize=7, padding=2)
         all_medians = [np.median(self._values[case]) for case in cases]
-        if max(all_medians) > _LINEAR * min(all_medians):
+        if max(all_medians) > _LINEAR * min(all_medians) > 0:
             axes.set_yscale("log")
-        axes.margins(y=0.1)
+        elif is_curve:
+            axes.set_ylim(bottom=0)
+        if not is_curve:
+            axes.margins(y=0.1)
         axes.set_xticks(range(len(sizes)), sizes)
         axes.set_xlabel(self._size_label(operation))
-        axes.set_ylabel(_words(self._units[cases[0]].name))
+        axes.set_ylabel(self._units[cases[0]].name)
         axes.set_title(operation, fontsize=10)
-
-    def _draw_curves(self, axes: Any, cases: list[Case], sizes: list[str], names: list[str]) -> None:
-        """A line for each candidate, over the numbers that sizes are; a band from quartile to quartile."""
-        for name in names:
-            spreads = [self._shown(case) for case in cases if case.candidate == name]
-            low, middle, high = ([s[key] for s in spreads if s] for key in ("q1", "median", "q3"))
-            axes.plot(range(len(sizes)), middle, marker="o", color=self._colour(name))
-            axes.fill_between(range(len(sizes)), low, high, alpha=0.2, color=self._colour(name))
-            for place, value in enumerate(middle):
-                axes.annotate(_rounded(value), (place, value), (0, 5), textcoords="offset points", fontsize=7)
-        medians = [np.median(self._values[case]) for case in cases]
-        if max(medians) > _LINEAR / 10 * min(medians):
-            axes.set_yscale("log")
-        else:
-            axes.set_ylim(bottom=0)
-        axes.margins(y=0.15)
-        axes.set_xticks(range(len(sizes)), sizes)
-        axes.set_xlabel(self._size_label(cases[0].operation))
-        axes.set_ylabel(_words(self._units[cases[0]].name))
-        axes.set_title(cases[0].operation, fontsize=10)
-
-    def _section(self, operation: str) -> str:
-        return next(m.section for m in self._measurements if m.case.operation == operation)
 
     def _size_label(self, operation: str) -> str:
         return _SIZE_LABELS.get(self._section(operation), "")
+
+    def _section(self, operation: str) -> str:
+        return next(m.section for m in self._measurements if m.case.operation == operation)
 
     def _shown(self, case: Case) -> dict[str, float] | None:
         """The spread in the case's unit; None where it was not measured."""
@@ -196,16 +182,16 @@ def _ours(case: Case) -> Case:
     return Case(case.operation, case.size, OURS)
 
 
-def _words(unit: str) -> str:
-    return unit.replace("_", " ")
-
-
 def _distinct(things: Any) -> list[Any]:
     return list(dict.fromkeys(things))
 
 
 def _rounded(value: float) -> str:
-    """Three digits before or behind the point: 1,234 and 12.3 and 0.12."""
+    """Three digits before or behind the point: 1,234 and 12.3 and 0.12; of millions as 1.23 M."""
+    if value >= 1e6:
+        return f"{value / 1e6:.2f} M"
+    if value >= 1e5:
+        return f"{value / 1e3:.0f} k"
     return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
 
 

@@ -26,8 +26,7 @@ class CpprbStore:
     def start(self) -> str:
         """See `team.Store`."""
         load = self._load
-        row_nbytes = 2 * int(np.prod(load.obs_shape)) * np.dtype(load.obs_dtype).itemsize + 64
-        num_rows = max(1, min(load.num_filled, _FILL_NBYTES // row_nbytes))
+        num_rows = max(1, min(load.num_filled, _FILL_NBYTES // load.row_nbytes))
         step = _named(load.columns(num_rows, 0))
         for _ in range(-(-load.num_filled // num_rows)):
             self._buffer.add(**step, priorities=np.random.default_rng(0).random(num_rows, np.float32))

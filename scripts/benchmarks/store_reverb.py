@@ -4,7 +4,6 @@ An item for each transition in a prioritized table, samples by `TimestepDataset`
 The server is a process of its own, as in rl_buffer. Only so many transitions are filled in beforehand as take seconds.
 """
 
-import json
 import os
 import signal
 import socket
@@ -12,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks, for 
 
 from numpy.typing import NDArray
 
-from benchmarks.team import Load, cpu_s, read_load
+from benchmarks.team import Load, scheduled_s
 
 _ALPHA = 0.6
 _MAX_FILLED = 20_000
@@ -41,7 +39,7 @@ class ReverbStore:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        command = [sys.executable, str(Path(__file__)), str(port), json.dumps(asdict(self._load))]
+        command = [sys.executable, str(Path(__file__)), str(port), str(self._load.capacity)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr)
         self._address = f"127.0.0.1:{port}"
         add = self.writer(self._address, self._load)
@@ -52,6 +50,8 @@ class ReverbStore:
 
     def writer(self, address: str, load: Load) -> Callable[[dict[str, NDArray[Any]]], object]:
         """See `team.Store`."""
+        import reverb
+
         client = _connected(address)
         writer = client.trajectory_writer(num_keep_alive_refs=load.rows_per_add)
 
@@ -62,15 +62,23 @@ class ReverbStore:
                 writer.create_item(_TABLE, 1.0, item)
             writer.flush()
 
+        _ = reverb
         return add
 
     def learner(self) -> Callable[[], object]:
         """See `team.Store`."""
         import reverb
+        import tensorflow as tf
 
+        tf.config.threading.set_inter_op_parallelism_threads(2)
         client, size = _connected(self._address), self._load.batch_size
-        dataset = reverb.TrajectoryDataset.from_table_signature(
-            self._address, _TABLE, max_in_flight_samples_per_worker=2 * size
+        columns = self._load.columns(1, 0)
+        dataset = reverb.TrajectoryDataset(
+            self._address,
+            _TABLE,
+            dtypes={name: tf.as_dtype(column.dtype) for name, column in columns.items()},
+            shapes={name: tf.TensorShape(column.shape[1:]) for name, column in columns.items()},
+            max_in_flight_samples_per_worker=2 * size,
         )
         batches = dataset.batch(size).prefetch(1).as_numpy_iterator()
         priorities = [0.5 + 0.001 * i for i in range(size)]
@@ -87,7 +95,7 @@ class ReverbStore:
 
     def server(self) -> dict[str, float]:
         """See `team.Store`."""
-        return {"server_cpu_s": cpu_s(self._process.pid)}
+        return {"server_cpu_s": scheduled_s(self._process.pid)[0]}
 
     def stop(self) -> None:
         """See `team.Store`."""
@@ -110,18 +118,16 @@ def _connected(address: str) -> Any:
             time.sleep(0.2)
 
 
-def serve(port: int, load: Load) -> None:
+def serve(port: int, capacity: int) -> None:
     """Serve one table until stdin ends."""
     import reverb
-    import tensorflow as tf
 
     table = reverb.Table(
         name=_TABLE,
         sampler=reverb.selectors.Prioritized(_ALPHA),
         remover=reverb.selectors.Fifo(),
-        max_size=load.capacity,
+        max_size=capacity,
         rate_limiter=reverb.rate_limiters.MinSize(1),
-        signature={name: tf.TensorSpec(column.shape[1:], column.dtype) for name, column in load.columns(1, 0).items()},
     )
     server = reverb.Server([table], port=port)
     sys.stdin.read()
@@ -129,4 +135,4 @@ def serve(port: int, load: Load) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), read_load(sys.argv[2]))
+    serve(int(sys.argv[1]), int(sys.argv[2]))

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.team import GATHER, Load, cpu_s
+from benchmarks.team import GATHER, Load, scheduled_s
 
 _ALPHA, _BETA = 0.6, 0.4
 _TIMEOUT_S = 60.0
+_MOST_ROWS_PER_MESSAGE, _NBYTES_PER_MESSAGE = 400, 1 << 20
 _FILL_NBYTES = 32 << 20  # at a time
 
 
@@ -50,8 +51,11 @@ class RLBufferStore:
         import rl_buffer as rb
 
         client = rb.connect(address, _TIMEOUT_S, "writer")
+        # A message costs its writer and the server as much as writing hundreds of small rows.
+        row_nbytes = client.tables["replay"].layout.stride_nbytes
+        chunk_size = max(load.rows_per_add, min(_MOST_ROWS_PER_MESSAGE, _NBYTES_PER_MESSAGE // row_nbytes))
         writer = client.writer(
-            "replay", num_envs=load.rows_per_add, autoreset=None, chunk_size=load.rows_per_add, timeout_s=_TIMEOUT_S
+            "replay", num_envs=load.rows_per_add, autoreset=None, chunk_size=chunk_size, timeout_s=_TIMEOUT_S
         )
         return lambda columns: writer.add(**columns)
 
@@ -95,7 +99,7 @@ class RLBufferStore:
     def server(self) -> dict[str, float]:
         """See `team.Store`."""
         assert self._server.pid is not None
-        return {"server_cpu_s": cpu_s(self._server.pid), "num_messages": self._client.info()["num_messages"]}
+        return {"server_cpu_s": scheduled_s(self._server.pid)[0], "num_messages": self._client.info()["num_messages"]}
 
     def stop(self) -> None:
         """See `team.Store`."""

@@ -1,7 +1,7 @@
 """One store with its writers and its learner, each a process of its own: `team.py STORE LOAD`, LOAD being JSON.
 
-    stdin   {"num_writers": 2, "seconds": 1.0, ...}      a turn: JSON, a line each; see `Team.turn`
-    stdout  {"seconds": 1.0, "num_inserts": 9000, ...}   what was counted in it; the first line says "ready"
+    stdin   {"num_writers": 2, "seconds": 1.0, ...}      a `Turn`: JSON, a line each
+    stdout  {"seconds": ..., "num_inserts": ..., ...}    what was counted in it; the first line says "ready"
 
 Between turns everybody sleeps, so that teams can take turns on the same cores. This process is the learner. Counts are
 taken while all of them are at work: rates of writers and learner are of the same seconds.
@@ -36,7 +36,7 @@ STORES = {
     "Reverb": ("benchmarks.store_reverb", "ReverbStore"),
 }
 LEARN, GATHER, COPY = "learn", "gather", "copy"  # tasks of the learner
-_SETTLING_S = 0.1  # of a turn, before counting begins
+_SETTLING_S = 0.2  # of a turn, before counting begins
 _NUM_STEPS_MADE_UP = 8  # batches of rows that a writer repeats
 
 
@@ -52,6 +52,12 @@ class Load:
     rows_per_add: int
     batch_size: int
     max_writers: int
+
+    @property
+    def row_nbytes(self) -> int:
+        """Of one transition, without what a library adds."""
+        numbers = 2 * int(np.prod(self.obs_shape)) * np.dtype(self.obs_dtype).itemsize
+        return numbers + 4 * int(np.prod(self.action_shape)) + 5
 
     def columns(self, num_rows: int, seed: int) -> dict[str, NDArray[Any]]:
         """obs, action, reward, done, next_obs of made-up transitions, [num_rows, ...]."""
@@ -70,6 +76,17 @@ class Load:
             "done": np.zeros(num_rows, np.bool_),
             "next_obs": observations(),
         }
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Who does what for how long."""
+
+    num_writers: int
+    seconds: float
+    task: str = LEARN
+    inserts_per_s: float = 0.0  # of all writers together; 0: as fast as they can
+    batches_per_s: float = 0.0
 
 
 class Store(Protocol):
@@ -95,13 +112,13 @@ class Store(Protocol):
 
 
 class Gate:
-    """Shared by a team: who may work, and how much each writer did."""
+    """Shared by a team: who may work, how often, and how much each writer did."""
 
     def __init__(self, num_writers: int) -> None:
-        self._memory = np.frombuffer(mmap.mmap(-1, 128 * num_writers), np.int64).reshape(num_writers, 2, 8)
-        self.is_open = self._memory[:, 0, 0]
-        self.every_ns = self._memory[:, 0, 1]  # add; 0: as fast as it can
-        self.num_inserts = self._memory[:, 1, 0]  # on a cache line of its own
+        memory = np.frombuffer(mmap.mmap(-1, 128 * num_writers), np.int64).reshape(num_writers, 2, 8)
+        self.is_open = memory[:, 0, 0]
+        self.period_ns = memory[:, 0, 1]  # from one add of a writer to the next; 0: as fast as it can
+        self.num_inserts = memory[:, 1, 0]  # on a cache line of its own
 
 
 def store_of(name: str, load: Load) -> Store:
@@ -139,9 +156,9 @@ class Writers:
             if not os.read(self._ready_fd, 1):
                 raise RuntimeError("a writer ended before it could write")
 
-    def open(self, num_writers: int, every_ns: int) -> None:
-        """Let the first ones work, with an add each so often; 0: as fast as they can."""
-        self.gate.every_ns[:] = every_ns
+    def open(self, num_writers: int, period_ns: int) -> None:
+        """Let the first ones work."""
+        self.gate.period_ns[:] = period_ns
         self.gate.is_open[:num_writers] = 1
         for pipe in self._pipes[:num_writers]:
             os.write(pipe, b"\n")
@@ -167,16 +184,16 @@ def _write(store: Store, load: Load, gate: Gate, number: int, pipe: Any, ready_f
         parts = [load.columns(load.rows_per_add, 1_000 * number + i) for i in range(_NUM_STEPS_MADE_UP)]
         os.write(ready_fd, b"+")
         os.close(ready_fd)
-        i, due_s = 0, time.perf_counter()
+        i, due_ns = 0, time.perf_counter_ns()
         while os.getppid() == parent:
             if not gate.is_open[number]:
                 if not pipe.readline():
                     break
-                due_s = time.perf_counter()
+                due_ns = time.perf_counter_ns()
                 continue
-            if gate.every_ns[number]:
-                due_s += gate.every_ns[number] * 1e-9
-                time.sleep(max(0.0, due_s - time.perf_counter()))
+            if period_ns := int(gate.period_ns[number]):
+                due_ns += period_ns
+                time.sleep(max(0, due_ns - time.perf_counter_ns()) * 1e-9)
             add(parts[i])
             gate.num_inserts[number] += load.rows_per_add
             i = (i + 1) % _NUM_STEPS_MADE_UP
@@ -185,49 +202,59 @@ def _write(store: Store, load: Load, gate: Gate, number: int, pipe: Any, ready_f
     os._exit(1)
 
 
-def take_turn(
-    store: Store, load: Load, writers: Writers, turn: dict[str, Any], steps: dict[str, Any]
-) -> dict[str, Any]:
-    """Work for some seconds and count."""
-    task = turn["task"]
-    if task not in steps:
-        steps[task] = store.learner() if task == LEARN else store.floor(task)
-    step, clock_ns = steps[task], time.perf_counter_ns
-    num_writers, inserts_per_s, batches_per_s = (turn[key] for key in ("num_writers", "inserts_per_s", "batches_per_s"))
-    every_ns = int(1e9 / batches_per_s) if batches_per_s else 0
-    writers.open(num_writers, int(num_writers * load.rows_per_add * 1e9 / inserts_per_s) if inserts_per_s else 0)
-    try:
-        settled_ns = clock_ns() + int(_SETTLING_S * 1e9)
-        while clock_ns() < settled_ns:
-            step()
-        latencies_ns: list[int] = []
-        server, inserts = store.server(), writers.gate.num_inserts.copy()
-        learner_s, began_ns = time.process_time(), clock_ns()
-        now_ns, due_ns, end_ns = began_ns, began_ns, began_ns + int(turn["seconds"] * 1e9)
+class Learner:
+    """This process: takes turns with the writers at work, and counts."""
+
+    def __init__(self, store: Store, load: Load, writers: Writers) -> None:
+        self._store, self._load, self._writers = store, load, writers
+        self._steps: dict[str, Callable[[], object]] = {}  # by task
+
+    def take(self, turn: Turn) -> dict[str, float]:
+        """Work for some seconds; rates and times are of these."""
+        load, task = self._load, turn.task
+        if task not in self._steps:
+            self._steps[task] = self._store.learner() if task == LEARN else self._store.floor(task)
+        paced = turn.inserts_per_s and turn.num_writers
+        self._writers.open(
+            turn.num_writers, int(1e9 * turn.num_writers * load.rows_per_add / turn.inserts_per_s) if paced else 0
+        )
+        try:
+            settled_ns = time.perf_counter_ns() + int(_SETTLING_S * 1e9)
+            while time.perf_counter_ns() < settled_ns:
+                self._steps[task]()
+            before = self._counts()
+            latencies_ns, seconds = self._work(turn)
+            counts = {key: value - before[key] for key, value in self._counts().items()}
+        finally:
+            self._writers.shut()
+        p50, p99 = np.percentile(latencies_ns, (50, 99)) * 1e-9
+        num_samples = len(latencies_ns) * load.batch_size
+        return counts | {"seconds": seconds, "num_samples": num_samples, "p50_s": p50, "p99_s": p99}
+
+    def _work(self, turn: Turn) -> tuple[list[int], float]:
+        """(nanoseconds of each step, seconds of all)."""
+        step, clock_ns, latencies_ns = self._steps[turn.task], time.perf_counter_ns, []
+        period_ns = int(1e9 / turn.batches_per_s) if turn.batches_per_s else 0
+        began_ns = now_ns = due_ns = clock_ns()
+        end_ns = began_ns + int(turn.seconds * 1e9)
         while now_ns < end_ns:
-            if every_ns:
-                due_ns += every_ns
+            if period_ns:
+                due_ns += period_ns
                 time.sleep(max(0, due_ns - now_ns) * 1e-9)
                 now_ns = clock_ns()
             step()
             latencies_ns.append(-now_ns)
             now_ns = clock_ns()
             latencies_ns[-1] += now_ns
-        learner_s = time.process_time() - learner_s
-        num_inserts = int((writers.gate.num_inserts - inserts).sum())
-        server = {key: value - server[key] for key, value in store.server().items()}
-    finally:
-        writers.shut()
-    p50, p99 = np.percentile(latencies_ns, (50, 99)) * 1e-9
-    return {
-        "seconds": (now_ns - began_ns) * 1e-9,
-        "num_inserts": num_inserts,
-        "num_samples": len(latencies_ns) * load.batch_size,
-        "p50_s": p50,
-        "p99_s": p99,
-        "learner_cpu_s": learner_s,
-        **server,
-    }
+        return latencies_ns, (now_ns - began_ns) * 1e-9
+
+    def _counts(self) -> dict[str, float]:
+        return {
+            "num_inserts": float(self._writers.gate.num_inserts.sum()),
+            "learner_cpu_s": time.process_time(),
+            "learner_queued_s": scheduled_s(os.getpid())[1],
+            **self._store.server(),
+        }
 
 
 def main(name: str, load: Load) -> None:
@@ -239,26 +266,25 @@ def main(name: str, load: Load) -> None:
     try:
         writers.connect(store.start())
         print("ready", file=answers, flush=True)
-        steps: dict[str, Callable[[], object]] = {}
+        learner = Learner(store, load, writers)
         for line in sys.stdin:
-            print(json.dumps(take_turn(store, load, writers, json.loads(line), steps)), file=answers, flush=True)
+            print(json.dumps(learner.take(Turn(**json.loads(line)))), file=answers, flush=True)
     finally:
         writers.stop()
         with contextlib.suppress(Exception):
             store.stop()
 
 
-def cpu_s(pid: int) -> float:
-    """User and system time of a process so far, in seconds."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def read_load(text: str) -> Load:
-    """From JSON."""
-    values = json.loads(text)
-    return Load(**values | {key: tuple(values[key]) for key in ("obs_shape", "action_shape")})
+def scheduled_s(pid: int) -> tuple[float, float]:
+    """Seconds that the threads of a process have run, and that they were ready to run and waited for a core."""
+    ran_ns = queued_ns = 0
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            ran, queued, _ = path.read_text().split()
+            ran_ns, queued_ns = ran_ns + int(ran), queued_ns + int(queued)
+    return ran_ns * 1e-9, queued_ns * 1e-9
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], read_load(sys.argv[2]))
+    values = json.loads(sys.argv[2])
+    main(sys.argv[1], Load(**values | {key: tuple(values[key]) for key in ("obs_shape", "action_shape")}))
