@@ -44,25 +44,24 @@ class _Field:
     def __get__(self, batch: Any, owner: type | None = None) -> Any:
         if batch is None:
             return self
-        leaves, name = batch.__dict__["_leaves"], self._name
-        leaf = leaves.get(name)
-        value = torch.from_numpy(leaf) if leaf.__class__ is np.ndarray else _tensors(leaves, name)
-        batch.__dict__[name] = value
+        own, name = batch.__dict__, self._name
+        leaf = own["_leaves"].get(name)
+        # A tensor of the batch's own: of those that it is given more batches are made.
+        value = _tensors(own["_leaves"], own["_drawn"], name) if leaf is None else leaf.data
+        own[name] = value
         return value
 
 
-def _tensors(leaves: dict[str, Any], name: str) -> Any:
-    if name in leaves:
-        return leaves[name]
+def _tensors(leaves: dict[str, torch.Tensor], drawn: dict[str, Any], name: str) -> Any:
+    if name in drawn:
+        return torch.as_tensor(drawn[name])
     if name == "discounts":
         raise InvalidInput(
             "discounts are gamma^n_steps * (1 - terminated), but this buffer has no gamma; give it gamma="
         )
     if name in ("weights", "indices", "generations"):
         return None
-    below = leaves_below(name, leaves)
-    tensors = {f"{name}/{path}": torch.as_tensor(leaf) for path, leaf in below.items()}
-    return unflatten(name, tensors)
+    return unflatten(name, {f"{name}/{path}": leaf.data for path, leaf in leaves_below(name, leaves).items()})
 
 
 class _Batch:
@@ -71,10 +70,11 @@ class _Batch:
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @classmethod
-    def of(cls, leaves: dict[str, Any]) -> Self:
-        """A batch over these leaves, arrays or tensors by path; it keeps the dict."""
+    def of(cls, leaves: dict[str, torch.Tensor], drawn: dict[str, Any]) -> Self:
+        """A batch over these leaves by path, and what else it has by name, arrays or tensors; it keeps both dicts."""
         batch = cls.__new__(cls)
-        batch.__dict__["_leaves"] = leaves
+        own = batch.__dict__
+        own["_leaves"], own["_drawn"] = leaves, drawn
         return batch
 
     def fields(self) -> dict[str, Any]:
@@ -183,17 +183,20 @@ for _kind in (ReplayBatch, SequenceBatch):
 Batch: TypeAlias = Any
 
 
-def leaf_views(layout: RowLayout, block: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Views (B, *shape) of every leaf in a block (B, stride / 8) of int64 on any device; nothing is copied."""
-    if block.device.type == "cpu":
-        return {path: torch.from_numpy(leaf) for path, leaf in layout.view(block.numpy(), len(block)).items()}
-    views = {}
+def leaf_views(layout: RowLayout, block: torch.Tensor, hidden: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Views (B, *shape) of every leaf but the hidden in a block (B, stride / 8) of int64 on any device, of one storage.
+
+    Nothing is copied.
+    """
+    views: dict[str, torch.Tensor] = {}
+    typed = {dtype: block.view(_TORCH_DTYPES[dtype]) for dtype in {field.dtype for field in layout.fields.values()}}
     for path, column in layout.columns.items():
-        typed = block.view(_TORCH_DTYPES[column.field.dtype])
-        itemsize = typed.element_size()
-        inner = torch.empty(column.field.shape, device="meta").stride()
-        shape, strides = (len(block), *column.field.shape), (layout.stride_nbytes // itemsize, *inner)
-        views[path] = typed.as_strided(shape, strides, column.offset // itemsize)
+        if path not in hidden:
+            rows = typed[column.field.dtype]
+            itemsize = rows.element_size()
+            strides = [layout.stride_nbytes // itemsize]
+            strides += [math.prod(column.field.shape[axis + 1 :]) for axis in range(len(column.field.shape))]
+            views[path] = rows.as_strided((len(block), *column.field.shape), strides, column.offset // itemsize)
     return views
 
 

@@ -63,8 +63,8 @@ def _count_up_to(typing_context: Any, array: Any, position: Any, limit: Any) -> 
 
 
 # prefetch(array, position): start to load the line there, and go on.
-prefetch = cast(Callable[[Any, int], None], intrinsic(_prefetch))
+prefetch = cast(Callable[[Any, Any], None], intrinsic(_prefetch))
 # copy_line(target, target_position, source, source_position): of int64 arrays that do not overlap.
-copy_line = cast(Callable[[Any, int, Any, int], None], intrinsic(_copy_line))
+copy_line = cast(Callable[[Any, Any, Any, Any], None], intrinsic(_copy_line))
 # count_up_to(array, position, limit): how many of the eight float64 there are <= limit, without a branch.
-count_up_to = cast(Callable[[Any, int, float], int], intrinsic(_count_up_to))
+count_up_to = cast(Callable[[Any, Any, Any], int], intrinsic(_count_up_to))

@@ -607,8 +607,10 @@ def test_a_batch_that_is_kept_never_changes(implementation):
         lambda tensor: tensor.detach().unsqueeze(0),
         lambda tensor: tensor.numpy()[1:],
         lambda tensor: memoryview(tensor.numpy()),
+        lambda tensor: torch.from_dlpack(tensor),
+        torch.inference_mode()(lambda tensor: tensor[1:]),
     ],
-    ids=["itself", "slice", "view", "NumPy", "memoryview"],
+    ids=["itself", "slice", "view", "NumPy", "memoryview", "DLPack", "without autograd"],
 )
 def test_one_field_that_is_kept_never_changes(implementation, derive):
     buffer = implementation.make("small n3")
@@ -632,6 +634,28 @@ def test_one_field_that_is_kept_never_changes(implementation, derive):
         now = np.asarray(kept) if isinstance(kept, memoryview) else torch.as_tensor(kept).numpy()
         assert np.array_equal(now, copied), name
         del kept, now, held
+
+
+def test_what_autograd_saved_of_a_batch_never_changes(implementation):
+    buffer = implementation.make("small")
+    add(buffer, range(12))
+    scale = torch.ones((), requires_grad=True)
+    loss = (scale * buffer.get(12).rewards).sum()
+    add(buffer, range(1000, 1012))
+    for _ in range(4):
+        buffer.get(12)
+    loss.backward()
+    assert scale.grad == loss
+
+
+def test_a_batch_that_nobody_looked_at_before_shows_what_was_drawn(implementation):
+    buffer = implementation.make("small")
+    add(buffer, range(12))
+    batch = buffer.get(12)
+    add(buffer, range(1000, 1012))
+    for _ in range(4):
+        buffer.get(12)
+    assert max(batch.actions.tolist()) < 12
 
 
 def fields(batch):

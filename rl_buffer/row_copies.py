@@ -1,0 +1,49 @@
+"""Rows of a table copied into one block: a kernel that keeps many cache misses in flight.
+
+Rows are whole cache lines, which RowLayout sees to. Knows nothing of what is in them.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rl_buffer.cache_lines import LINE, copy_line, prefetch
+from rl_buffer.kernels import INT, INTS, INTS_IN, compiled
+
+# Lines that are asked for ahead. 256 rows of 192 B from 1 M (64 k): 7.2 us (4.4) where ndarray.take has 8.6 (6.0);
+# half as many or four times as many cost 0.3 us more.
+_LINES_AHEAD = 48
+
+
+@compiled()
+def copy_rows(source: Any, row_words: int, rows: Any, target: Any) -> None:
+    """Copy rows of `source` (words of all rows, flat) one after the other into `target` (flat)."""
+    # As unsigned numbers negative rows are too large as well, and the last row is none that memory ends before.
+    last = np.uint64(source.size // row_words - 1)
+    ahead = max(1, _LINES_AHEAD * LINE // row_words)
+    for i in range(-ahead, rows.size):
+        if i + ahead < rows.size:
+            coming = np.int64(min(np.uint64(rows[i + ahead]), last)) * row_words
+            for word in range(coming, coming + row_words, LINE):
+                prefetch(source, word)
+        if i >= 0:
+            start = np.int64(min(np.uint64(rows[i]), last)) * row_words
+            for word in range(0, row_words, LINE):
+                copy_line(target, i * row_words + word, source, start + word)
+
+
+@compiled(INTS, INT, INTS_IN, INTS)
+def _copy_rows(source: Any, row_words: int, rows: Any, target: Any) -> None:
+    copy_rows(source, row_words, rows, target)
+
+
+def gather_rows(source: NDArray[np.int64], rows: NDArray[np.int64], target: NDArray[np.int64]) -> None:
+    """Copy `rows` ([B] int64) of `source` into `target`; a row that is not there is replaced by the last.
+
+    Args:
+        source: flat, [num_rows * row_words], of whole cache lines; at least one row.
+        rows: [B], contiguous.
+        target: flat, [B * row_words], B >= 1, elsewhere.
+    """
+    _copy_rows(source, target.size // rows.size, rows, target)
