@@ -79,6 +79,13 @@ class Gatherer:
             rows = self._rows.index_select(0, torch.from_numpy(indices).to(device))
             self._gathered[torch.from_numpy(places).to(device)] = rows
 
+    def source_and_target(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """For who copies the rows himself, instead of `gather`: all rows and a block's, as words, flat.
+
+        None where only `gather` can do it.
+        """
+        return self._blocks.source_and_target(num_rows) if isinstance(self._blocks, _Blocks) else None
+
     def hand_out(self, drawn: dict[str, Any]) -> Batch:
         """The gathered rows as a batch on the device.
 
@@ -125,6 +132,13 @@ class _Blocks:
         """Copy rows over some of the block that was filled."""
         assert self._filled is not None
         self._filled.rows[torch.from_numpy(places)] = self._rows[torch.from_numpy(indices)]
+
+    def source_and_target(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """See `Gatherer.source_and_target`."""
+        if self._row_words >= _LONG_ROW_WORDS:
+            return None
+        self._filled = block = self._idle_block(num_rows)
+        return self._words, block.words
 
     def hand_out(self) -> dict[str, torch.Tensor]:
         """The leaves of the block that was filled. Who holds this dict keeps the block from being filled again."""

@@ -9,13 +9,26 @@ from rl_buffer.errors import InvalidInput
 from rl_buffer.kernels import FLOAT, FLOATS32, FLOATS_IN, compiled
 
 
-@compiled(FLOATS_IN, FLOAT, FLOATS32)
-def _weights(masses: Any, beta: float, weights: Any) -> None:
+@compiled()
+def smallest_of(masses: Any) -> float:
+    """The mass of the draw that weighs most."""
     smallest = np.inf
     for mass in masses:
         smallest = min(smallest, mass)
+    return smallest
+
+
+@compiled()
+def weight(mass: float, smallest: float, beta: float) -> np.float32:
+    """Of one draw; see `importance_weights`."""
+    return np.float32(smallest / mass) ** np.float32(beta)  # half the time of float64
+
+
+@compiled(FLOATS_IN, FLOAT, FLOATS32)
+def _weights(masses: Any, beta: float, weights: Any) -> None:
+    smallest = smallest_of(masses)
     for i in range(masses.size):
-        weights[i] = np.float32(smallest / masses[i]) ** np.float32(beta)  # half the time of float64
+        weights[i] = weight(masses[i], smallest, beta)
 
 
 def importance_weights(masses: NDArray[np.float64], beta: float) -> NDArray[np.float32]:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from rl_buffer.batch_draws import NO_WORDS
 from rl_buffer.batches import Batch, as_td_errors
 from rl_buffer.errors import InvalidInput
-from rl_buffer.importance import importance_weights, require_beta
+from rl_buffer.importance import require_beta
 from rl_buffer.inputs import as_numpy
 from rl_buffer.replay_buffer import ReplayBuffer
 from rl_buffer.samplers import Prioritized
-from rl_buffer.tables import Sample
 
 _REMEMBERED_DRAWS = 16
 
@@ -55,8 +55,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         self._eta = eta
         self.beta = require_beta(beta)
         super().__init__(*args, **options)
-        # What was drawn of late, the newest first: so an update by bare indices can tell that it comes too late.
-        self._drawn: deque[Sample] = deque(maxlen=_REMEMBERED_DRAWS)
+        # Rows and generations that were drawn of late, the newest first: so an update by bare indices can tell that it
+        # comes too late.
+        self._drawn: deque[tuple[NDArray[np.int64], NDArray[np.int64]]] = deque(maxlen=_REMEMBERED_DRAWS)
 
     @property
     def num_stale_updates(self) -> int:
@@ -74,10 +75,14 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             InvalidInput: fewer transitions are there, or beta is not in [0, 1].
         """
         beta = require_beta(self.beta if beta is None else beta)
-        sample = self._draw(batch_size)
-        self._drawn.appendleft(sample)
-        weights = importance_weights(sample.masses, beta)
-        return self._gatherer.hand_out({"weights": weights, "indices": sample.rows, "generations": sample.generations})
+        self._require_items(batch_size)
+        copied = self._gatherer.source_and_target(batch_size)
+        drawn, weights = self._state.draw_batch(batch_size, beta, *(copied or (NO_WORDS, NO_WORDS)))
+        rows, generations = drawn
+        if copied is None:
+            self._gatherer.gather(rows)
+        self._drawn.appendleft((rows, generations))
+        return self._gatherer.hand_out({"weights": weights, "indices": rows, "generations": generations})
 
     def sample(self, batch_size: int, beta: float | None = None) -> Batch:
         """Another name of `get`."""
@@ -114,7 +119,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         self._drawn.clear()
 
     def _generations_when_drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        for sample in self._drawn:
-            if np.array_equal(sample.rows, rows):
-                return sample.generations
+        for drawn_rows, generations in self._drawn:
+            if np.array_equal(drawn_rows, rows):
+                return generations
         return self._state.generations[rows]

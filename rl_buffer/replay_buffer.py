@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from rl_buffer import huge_pages
 from rl_buffer.batches import Batch
 from rl_buffer.buffer_arguments import spec_from_arguments
 from rl_buffer.buffer_files import FileReader, write_file
@@ -30,7 +31,7 @@ from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.samplers import Prioritized, Uniform
 from rl_buffer.spec import Field, FieldTree, RowLayout, TransitionSpec
 from rl_buffer.stats_tracker import StatsTracker
-from rl_buffer.tables import ReplayTable, Sample
+from rl_buffer.tables import ReplayTable
 
 # Steps move from the history to the rows together, because each move costs some 40 us, whatever is in it; at the latest
 # when somebody looks. Of more bytes than a second-level cache keeps they come back from the third.
@@ -140,7 +141,7 @@ class ReplayBuffer(ReplayInput):
         self._has_gamma = gamma is not None
         self._closed = False
         self._rows = LocalRows(table.layout, table.num_rows, self.store_device, self._history.max_items)
-        self._state = ReplayTableState(table, np.zeros(table.num_rows, np.int64))
+        self._state = ReplayTableState(table, huge_pages.zeros(table.num_rows, np.int64))
         hidden = () if self._has_gamma else ("discounts",)
         self._gatherer = Gatherer(table, self._rows.block, self.device, hidden=hidden)
 
@@ -166,7 +167,8 @@ class ReplayBuffer(ReplayInput):
         Raises:
             InvalidInput: fewer transitions are there.
         """
-        self._draw(batch_size)
+        self._require_items(batch_size)
+        self._gatherer.gather(self._state.draw(batch_size, num_spares=0).rows)
         return self._gatherer.hand_out({})
 
     def sample(self, batch_size: int) -> Batch:
@@ -226,7 +228,7 @@ class ReplayBuffer(ReplayInput):
         """
         with FileReader(path) as file:
             file.require(self._identity())
-            loaded = ReplayTableState(self.table, np.zeros(self.table.num_rows, np.int64))
+            loaded = ReplayTableState(self.table, huge_pages.zeros(self.table.num_rows, np.int64))
             try:
                 used, words = file.shape("rows")
                 if words != self._rows.block.shape[1] or used > self.table.num_rows:
@@ -249,16 +251,13 @@ class ReplayBuffer(ReplayInput):
         identity: dict[str, Any] = json.loads(json.dumps(config))  # as it is read back: lists, not tuples
         return identity
 
-    def _draw(self, batch_size: int) -> Sample:
-        """Draw and gather; the gatherer is left to hand out."""
+    def _require_items(self, batch_size: int) -> None:
+        """Make all items of the steps so far; raise InvalidInput if they are fewer than the batch has."""
         if self._new_steps:
             self._move_items(close=False)
         num_items = self._state.allocator.num_committed
         if as_count("batch_size", batch_size) > num_items:
             raise InvalidInput(f"batch_size is {batch_size}, but the buffer holds {num_items} transitions")
-        sample = self._state.draw(batch_size, num_spares=0)
-        self._gatherer.gather(sample.rows)
-        return sample
 
     def _make_room(self) -> None:
         if self._closed:

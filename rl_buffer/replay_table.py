@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.allocator import RowAllocator, Rows
+from rl_buffer.batch_draws import draw_batch
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.rate_limiters import RateLimiter
-from rl_buffer.samplers import make_sampler
+from rl_buffer.samplers import PrioritizedSampler, make_sampler, require_drawable
 from rl_buffer.tables import ReplayTable, Sample, TableCut
 
 
@@ -115,6 +116,28 @@ class ReplayTableState:
         return Sample(
             draws.rows, self.generations.take(draws.rows), draws.masses, draws.total, self.allocator.num_committed
         )
+
+    def draw_batch(
+        self, batch_size: int, beta: float, source: NDArray[np.int64], target: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """`draw` without spares from a prioritized table, weights and a copy of the rows, at once.
+
+        Args:
+            batch_size: N.
+            beta: of the weights, in [0, 1].
+            source: the table's rows as words, flat.
+            target: words of N rows, flat; empty if they are not to be copied.
+
+        Returns:
+            Rows and their generations, [2, N] int64, and weights [N], the same that `draw` and `importance_weights`
+            give.
+        """
+        sampler = self._sampler
+        assert isinstance(sampler, PrioritizedSampler)
+        require_drawable(batch_size, sampler.num_items)
+        drawn = draw_batch(sampler.tree, self._rng.random(batch_size), beta, self.generations, source, target)
+        self.limiter.sampled(batch_size)
+        return drawn
 
     def update_priorities(self, rows: Rows, generations: NDArray[np.int64], td_errors: NDArray[np.float64]) -> int:
         """Set new priorities where the row still holds the item that was sampled; return how many did not.

@@ -17,25 +17,35 @@ _LINES_AHEAD = 48
 
 
 @compiled()
-def copy_rows(source: Any, row_words: int, rows: Any, target: Any) -> None:
-    """Copy rows of `source` (words of all rows, flat) one after the other into `target` (flat)."""
-    # As unsigned numbers negative rows are too large as well, and the last row is none that memory ends before.
-    last = np.uint64(source.size // row_words - 1)
-    ahead = max(1, _LINES_AHEAD * LINE // row_words)
-    for i in range(-ahead, rows.size):
-        if i + ahead < rows.size:
-            coming = np.int64(min(np.uint64(rows[i + ahead]), last)) * row_words
-            for word in range(coming, coming + row_words, LINE):
-                prefetch(source, word)
-        if i >= 0:
-            start = np.int64(min(np.uint64(rows[i]), last)) * row_words
-            for word in range(0, row_words, LINE):
-                copy_line(target, i * row_words + word, source, start + word)
+def num_rows_ahead(row_words: int) -> int:
+    """How many rows before its copy a row is asked for."""
+    return max(1, _LINES_AHEAD * LINE // max(1, row_words))
+
+
+@compiled()
+def ask_for_row(source: Any, row_words: int, row: Any) -> None:
+    """Have the lines of a row loaded."""
+    for word in range(row * row_words, (row + 1) * row_words, LINE):
+        prefetch(source, word)
+
+
+@compiled()
+def copy_row(source: Any, row_words: int, row: Any, target: Any, place: int) -> None:
+    """Copy a row of `source` (words of all rows, flat) to where the row `place` of `target` (flat) lies."""
+    for word in range(0, row_words, LINE):
+        copy_line(target, place * row_words + word, source, row * row_words + word)
 
 
 @compiled(INTS, INT, INTS_IN, INTS)
 def _copy_rows(source: Any, row_words: int, rows: Any, target: Any) -> None:
-    copy_rows(source, row_words, rows, target)
+    # As unsigned numbers negative rows are too large as well.
+    last = np.uint64(source.size // row_words - 1)
+    ahead = num_rows_ahead(row_words)
+    for i in range(-ahead, rows.size):
+        if i + ahead < rows.size:
+            ask_for_row(source, row_words, np.int64(min(np.uint64(rows[i + ahead]), last)))
+        if i >= 0:
+            copy_row(source, row_words, np.int64(min(np.uint64(rows[i]), last)), target, i)
 
 
 def gather_rows(source: NDArray[np.int64], rows: NDArray[np.int64], target: NDArray[np.int64]) -> None:

@@ -154,7 +154,7 @@ class UniformSampler:
 
     def draw(self, num_draws: int, rng: np.random.Generator, num_spares: int = 0) -> Draws:
         """See `Sampler.draw`."""
-        _check_drawable(num_draws, self.num_items)
+        require_drawable(num_draws, self.num_items)
         places = rng.integers(self.num_items, size=num_draws + num_spares)
         return Draws(self._live.members[places], np.ones(len(places)), float(self.num_items))
 
@@ -183,6 +183,11 @@ class PrioritizedSampler:
     def __init__(self, config: Prioritized, tree: SumTree) -> None:
         self._config = config
         self._tree = tree
+
+    @property
+    def tree(self) -> SumTree:
+        """Of the masses of all rows; for reading."""
+        return self._tree
 
     @property
     def num_items(self) -> int:
@@ -218,7 +223,7 @@ class PrioritizedSampler:
 
         Schaul et al. (2016), appendix B.2.1: rows are expected as often as without the parts, with less variance.
         """
-        _check_drawable(num_draws, self._tree.num_live)
+        require_drawable(num_draws, self._tree.num_live)
         rows, masses = self._tree.draw(rng.random(num_draws + num_spares), num_draws)
         return Draws(rows, masses, self._tree.total)
 
@@ -278,7 +283,8 @@ def require_masses(config: SamplerConfig, td_errors: NDArray[np.float64]) -> NDA
     return magnitudes
 
 
-def _check_drawable(num_draws: int, num_items: int) -> None:
+def require_drawable(num_draws: int, num_items: int) -> None:
+    """Raise InvalidInput unless that many draws can be made of so many items."""
     if num_draws < 1:
         raise InvalidInput(f"num_draws is {num_draws}; expected at least 1")
     if num_items == 0:
