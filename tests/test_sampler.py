@@ -293,7 +293,7 @@ def test_only_overtaken_rows_are_copied_again_and_the_batch_is_that_of_their_sub
         np.testing.assert_array_equal(batch.indices.numpy()[places], rows)
         assert (generations[batch.indices.numpy()] == batch.generations.numpy()).all()
         block = gatherer._rows.numpy()[batch.indices.numpy()]
-        np.testing.assert_array_equal(gatherer._blocks._filled, block)
+        np.testing.assert_array_equal(gatherer._blocks._filled.rows.numpy(), block)
 
 
 def test_a_row_that_another_writer_holds_is_never_sampled(server, client, children, pipe, receive):
