@@ -199,7 +199,7 @@ class StepHistory(ABC, Generic[Items]):
         self._any_previous_ended = bool(np.count_nonzero(staged.ended))
         if self._checks_resets and self._any_previous_ended:
             obs, next_obs = self._first_obs[step], self._first_next_obs[step]
-            # One by one, as there are few: of 64 environments 1 us each, where all at once took 9.
+            # One by one, as there are few: 0.9 us each, where all at once took 6 (64 environments of 17 floats).
             for env in staged.ended.nonzero()[0].tolist():
                 self._final_obs[env] = next_obs[env]
                 self._final_moved[env] = _differ(obs[env], next_obs[env])

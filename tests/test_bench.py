@@ -21,7 +21,7 @@ BUFFER_OPERATIONS |= {
     for operation in ("update_priorities of 256", "add 1 step of 1 env", "add 1 step, then get of 256")
 }
 BUFFER_OPERATIONS |= {
-    ("add 1 step of 64 envs", "1 k"): {"rl_buffer", "cpprb"},
+    ("add 1 step of 64 envs", "1 k"): {"rl_buffer", "cpprb", "SB3"},
     ("uniform get of 256", "1 k"): {"rl_buffer", *IN_PROCESS_PEERS},
     ("uniform: add 1 step of 1 env", "1 k"): {"rl_buffer", *IN_PROCESS_PEERS},
 }

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from benchmarks.libraries import BATCH_SIZE, PRIORITIZED, UNIFORM, Buffer, full_buffer, made_up_steps
+from benchmarks.libraries import BATCH_SIZE, OF_MANY_ENVS, PRIORITIZED, UNIFORM, Buffer, full_buffer, made_up_steps
 from benchmarks.measure import Case, Job, Measurement, Options, take_turns
 
 SECTION = "in-process"
@@ -27,7 +27,7 @@ def in_process(options: Options) -> list[Measurement]:
     prioritized = {GET: _get, UPDATE: _update, ADD: _add, ADD_AND_GET: _add_and_get}
     return [
         *_compare(prioritized, PRIORITIZED, sizes, 1, options),
-        *_compare({ADD_MANY: _add}, PRIORITIZED, middle, _NUM_ENVS, options),
+        *_compare({ADD_MANY: _add}, OF_MANY_ENVS, middle, _NUM_ENVS, options),
         *_compare({UNIFORM_GET: _get, UNIFORM_ADD: _add}, UNIFORM, middle, 1, options),
     ]
 
@@ -36,7 +36,7 @@ def _compare(
     jobs: Mapping[str, MakeJob], libraries: Iterable[str], sizes: Sequence[int], num_envs: int, options: Options
 ) -> list[Measurement]:
     """One job after the other, in which libraries and sizes take turns: growth is then a ratio like any other."""
-    prioritized = libraries is PRIORITIZED
+    prioritized = libraries is not UNIFORM
     buffers = {
         (short(size), name): full_buffer(name, size, num_envs, prioritized=prioritized)
         for size, name in itertools.product(sizes, libraries)

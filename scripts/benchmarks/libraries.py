@@ -100,11 +100,11 @@ def _sb3(size: int, num_envs: int, prioritized: bool) -> Buffer:
 
     def fill(columns: Columns, _: object) -> None:
         # Its add takes one step at a time, 7 s for a million of them.
-        start, stop = buffer.pos, buffer.pos + len(columns[0])
+        start, stop = buffer.pos, min(buffer.pos + len(columns[0]) // num_envs, buffer.buffer_size)
         stored = (buffer.observations, buffer.actions, buffer.rewards, buffer.dones, buffer.next_observations)
         for target, column in zip(stored, columns, strict=True):
-            target[start:stop, 0] = column
-        buffer.pos, buffer.full = stop % size, stop == size
+            target[start:stop] = column[: (stop - start) * num_envs].reshape(stop - start, num_envs, *column.shape[1:])
+        buffer.pos, buffer.full = stop % buffer.buffer_size, stop == buffer.buffer_size
 
     return Buffer(
         add=lambda step: buffer.add(*step, infos),
@@ -137,6 +137,7 @@ def _torchrl(size: int, num_envs: int, prioritized: bool) -> Buffer:
 PRIORITIZED = {OURS: _rl_buffer, "cpprb": _cpprb}
 # SB3 has no prioritized buffer; torchrl's works with no torch release but the one that it was compiled for.
 UNIFORM = PRIORITIZED | {"SB3": _sb3, "torchrl": _torchrl}
+OF_MANY_ENVS = PRIORITIZED | {"SB3": _sb3}  # SB3's has no priorities to set
 
 
 def full_buffer(name: str, size: int, num_envs: int, *, prioritized: bool) -> Buffer | str:
