@@ -8,7 +8,6 @@ Generations count both changes, so that parity is the row's state:
     even: free or reserved --commit: +1--> odd: committed --evict: +1--> even ...
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -145,21 +144,25 @@ class ReplayTableState:
         Raises:
             InvalidInput: a row out of range, a TD error that is not finite, or a table without priorities.
         """
-        # As unsigned numbers negative rows are too large as well: one comparison for both ends.
+        if isinstance(self._sampler, PrioritizedSampler):
+            num_stale = self._sampler.update_fresh(rows, generations, td_errors, self.generations)
+            if num_stale is not None:
+                self.num_stale_updates += num_stale
+                return num_stale
+        raise self._refusal(rows, generations, td_errors)
+
+    def _refusal(self, rows: Rows, generations: NDArray[np.int64], td_errors: NDArray[np.float64]) -> InvalidInput:
+        """Why `update_priorities` cannot be made."""
         if len(rows) and rows.view(np.uint64).max() >= self.config.num_rows:
-            raise InvalidInput(f"rows must be in [0, {self.config.num_rows}), got {rows.min()}..{rows.max()}")
-        # A sum of squares is finite unless an error is not or is huge; only then look at each one.
-        if not math.isfinite(np.vdot(td_errors, td_errors)) and not np.isfinite(td_errors).all():
-            raise InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
-        # Odd: a forged update must not make a row sampleable that is still being written.
-        fresh = self.generations.take(rows) == generations
-        fresh &= (generations & 1).astype(np.bool_)
-        num_stale = len(rows) - int(np.count_nonzero(fresh))
-        if num_stale:
-            rows, td_errors = rows[fresh], td_errors[fresh]
-        self._sampler.update(rows, td_errors)
-        self.num_stale_updates += num_stale
-        return num_stale
+            return InvalidInput(f"rows must be in [0, {self.config.num_rows}), got {rows.min()}..{rows.max()}")
+        if not np.isfinite(td_errors).all():
+            return InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
+        fresh = (self.generations[rows] == generations) & (generations & 1 == 1)
+        try:
+            self._sampler.update(rows[fresh], td_errors[fresh])
+        except InvalidInput as error:
+            return error
+        raise AssertionError("an update was refused and then made")
 
     def explain_sample(self, num_draws: int) -> str:
         """One sentence on why a batch, which the limiter refuses, waits."""

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from rl_buffer.row_set import RowSet
     from rl_buffer.sum_tree import SumTree
 
-# Within these no sum over a table overflows, and a live row never has the mass 0 of a removed one.
-_SMALLEST_MASS = 1e-200
+# No sum over a table of them overflows.
 _LARGEST_MASS = 1e200
 
 
@@ -181,8 +180,12 @@ class PrioritizedSampler:
     """
 
     def __init__(self, config: Prioritized, tree: SumTree) -> None:
+        from rl_buffer.priority_updates import to_masses, update_fresh  # Numba, as in make_sampler
+
         self._config = config
         self._tree = tree
+        self._largest = _largest_magnitude(config)
+        self._to_masses, self._update_fresh = to_masses, update_fresh
 
     @property
     def tree(self) -> SumTree:
@@ -236,6 +239,29 @@ class PrioritizedSampler:
             raise InvalidInput(f"row {rows[dead.argmax()]} at position {dead.argmax()} is not live; drop stale rows")
         self._tree.set(rows, masses)
 
+    def update_fresh(
+        self,
+        rows: NDArray[np.int64],
+        generations: NDArray[np.int64],
+        td_errors: NDArray[np.float64],
+        current: NDArray[np.int64],
+    ) -> int | None:
+        """`update` of the rows whose generation is still the `current` one, and how many are not.
+
+        None, and nothing has changed, where rows or TD errors are to be refused.
+        """
+        config = self._config
+        return self._update_fresh(
+            self._tree,
+            current,
+            rows,
+            generations,
+            td_errors,
+            epsilon=config.epsilon,
+            alpha=config.alpha,
+            largest=self._largest,
+        )
+
     def state(self) -> NDArray[np.float64]:
         """See `Sampler.state`: the mass of every row."""
         return self._tree.leaves.copy()
@@ -259,7 +285,8 @@ class PrioritizedSampler:
 
     def _masses(self, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
         magnitudes = require_masses(self._config, td_errors)
-        return np.maximum(magnitudes**self._config.alpha, _SMALLEST_MASS)
+        self._to_masses(magnitudes, self._config.alpha)
+        return magnitudes
 
 
 def require_masses(config: SamplerConfig, td_errors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -270,8 +297,7 @@ def require_masses(config: SamplerConfig, td_errors: NDArray[np.float64]) -> NDA
     """
     if not isinstance(config, Prioritized):
         raise InvalidInput("a uniform table has no priorities to update; give it sampler=Prioritized()")
-    # The magnitude that _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float.
-    largest = _LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0))
+    largest = _largest_magnitude(config)
     magnitudes: NDArray[np.float64] = np.abs(td_errors) + config.epsilon
     # Also False for NaN, which max() hands on.
     if not magnitudes.max(initial=0.0) <= largest:
@@ -281,6 +307,11 @@ def require_masses(config: SamplerConfig, td_errors: NDArray[np.float64]) -> NDA
             f"{largest:.3g} at alpha {config.alpha}"
         )
     return magnitudes
+
+
+def _largest_magnitude(config: Prioritized) -> float:
+    """What _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float."""
+    return float(_LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0)))
 
 
 def require_drawable(num_draws: int, num_items: int) -> None:

@@ -81,7 +81,7 @@ def _replace_by_parents(nodes: Any, num_nodes: int, num_parents: int) -> int:
 
 
 @compiled(FLOATS, FLOATS_2D, INTS, INTS_IN, FLOATS_IN)
-def _set(leaves: Any, nodes: Any, levels: Any, indices: Any, masses: Any) -> int:
+def set_leaves(leaves: Any, nodes: Any, levels: Any, indices: Any, masses: Any) -> int:
     """Write masses, recompute the sums above them, and return the change in the number of live leaves."""
     for leaf in indices:
         if leaf < 0 or leaf >= leaves.size:
@@ -222,7 +222,7 @@ class SumTree:
         if leaves.shape != masses.shape:
             raise InvalidInput(f"{leaves.size} leaves but {masses.size} masses; expected one for each")
         try:
-            self.num_live += _set(self.leaves, self._nodes, self._levels, leaves, masses)
+            self.num_live += set_leaves(*self.arrays, leaves, masses)
         except IndexError:
             raise self._out_of_range(leaves) from None
 

@@ -9,7 +9,7 @@ from rl_buffer.mapped_ledger import MappedLedger, ledger_fields
 from rl_buffer.messages import Envelope
 from rl_buffer.parameter_slots import BOARD_LENGTH, ParameterSlots
 from rl_buffer.recovery import Survivor, resume, resumed_table
-from rl_buffer.samplers import Prioritized
+from rl_buffer.samplers import Prioritized, PrioritizedSampler
 from rl_buffer.server_core import ServerCore
 from rl_buffer.spec import Field, TransitionSpec
 from rl_buffer.stats_tracker import Episode
@@ -76,7 +76,13 @@ def patch_stores(monkeypatch, fuse):
         tree.leaves[:] = before
         set_leaves(tree, np.asarray(leaves), np.asarray(masses))
 
+    def update_one_by_one(sampler, rows, generations, td_errors, current):
+        fresh = (np.asarray(current)[rows] == generations) & (generations % 2 == 1)
+        sampler.update(rows[fresh], td_errors[fresh])
+        return int(np.count_nonzero(~fresh))
+
     monkeypatch.setattr(SumTree, "__init__", start)
+    monkeypatch.setattr(PrioritizedSampler, "update_fresh", update_one_by_one)
     monkeypatch.setattr(SumTree, "set", set_one_by_one)
     monkeypatch.setattr(mapped_ledger, "_words", lambda array: array.reshape(-1))
     monkeypatch.setattr(mapped_ledger, "MAX_CLIENTS", 8)
