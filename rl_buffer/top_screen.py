@@ -1,4 +1,4 @@
-"""What `rl-buffer top` shows: one answer of `client.info()` as lines that fit a terminal of a given size.
+"""What `rl-buffer top` shows: one answer of `client.info()`, and of `stats()`, as lines that fit a terminal's size.
 
 Only text is made here; `top` asks the server and owns the terminal. Columns have fixed widths and rows a fixed order:
 nothing jumps from one look to the next.
@@ -79,10 +79,11 @@ class Screen:
         self._rates: dict[tuple[str, str], deque[float]] = {}
         self._info: Mapping[str, Any] | None = None
         self._tables: Mapping[str, Config] = {}
+        self._stats: Mapping[str, float] = {}
 
-    def update(self, info: Mapping[str, Any], tables: Mapping[str, Config]) -> None:
-        """Take an answer of the server, and its tables' configurations."""
-        self._info, self._tables = info, tables
+    def update(self, info: Mapping[str, Any], tables: Mapping[str, Config], stats: Mapping[str, float]) -> None:
+        """Take an answer of the server, its tables' configurations, and the statistics of all episodes."""
+        self._info, self._tables, self._stats = info, tables, stats
         for name, table in info["tables"].items():
             for rate in ("inserts_per_s", "samples_per_s"):
                 self._rates.setdefault((name, rate), deque(maxlen=_HISTORY)).append(table[rate])
@@ -107,8 +108,10 @@ class Screen:
                 waits += [Text(f"waits  {name}: {sentence}", style="yellow") for sentence in table["waits"]]
             num_waits = min(len(info["tables"]) + 1, _MAX_WAITS if height >= 20 else 1)
             clients = self._listed(info)
-            num_lines = height - 3 - num_waits - min(_MIN_CLIENT_LINES, max(0, height - 16))  # title, heading, keys
+            # Title, episodes, heading and keys.
+            num_lines = height - 4 - num_waits - min(_MIN_CLIENT_LINES, max(0, height - 16))
             num_shown, each = _room(len(info["tables"]), num_lines)
+            lines.append(_episodes(self._stats))
             lines.append(_columns(_TABLE_COLUMNS, [heading for heading, _, _ in _TABLE_COLUMNS], width, _HEAD))
             for name in list(info["tables"])[:num_shown]:
                 lines += self._table(name, info["tables"][name], width)[:each]
@@ -301,6 +304,23 @@ def _client(client: Mapping[str, Any], width: int) -> Text:
 def _sum_of(clients: list[Mapping[str, Any]]) -> Text:
     inserts, samples = (sum(client[rate] for client in clients) for rate in ("inserts_per_s", "samples_per_s"))
     return Text(f"{len(clients)} more clients: {short(inserts)} inserts/s, {short(samples)} samples/s", style=_DIM)
+
+
+def _episodes(stats: Mapping[str, float]) -> Text:
+    """Those of all clients, over the window: returns, lengths, and what `client.stats()` has besides."""
+    figures = {key.partition("/")[2]: value for key, value in stats.items()}
+    if not figures:
+        return Text("no episode has ended yet", style=_DIM)
+    line = Text(f"{short(figures['num_episodes'])} episodes · return ")
+    line.append(short(figures["rewards_mean"]), style=_FIGURE)
+    line.append(f" ({short(figures['rewards_min'])}..{short(figures['rewards_max'])})")
+    line.append(f" · length {short(figures['lengths_mean'])}")
+    for key, value in figures.items():
+        if key.startswith("Done/"):
+            line.append(f" · {key.removeprefix('Done/').removesuffix('_rate')} {100 * value:.0f} %")
+        elif key.endswith("_mean") and key not in ("rewards_mean", "lengths_mean", "lifetime_rewards_mean"):
+            line.append(f" · {key.removesuffix('_mean')} {short(value)}")
+    return line
 
 
 def _waits(waits: list[Text], num_lines: int) -> list[Text]:

@@ -81,11 +81,11 @@ def info(num_clients, waits=(), **changes):
     } | changes
 
 
-def drawn(width, height, answer, trouble="", page=0, looks=1):
+def drawn(width, height, answer, trouble="", page=0, looks=1, stats=None):
     """The screen as a terminal of that size gets it, line by line."""
     screen = Screen(ADDRESS)
     for _ in range(looks):
-        screen.update(answer, TABLES)
+        screen.update(answer, TABLES, stats or {})
     console = Console(width=width, height=height, file=StringIO(), record=True, force_terminal=True)
     for line in screen.lines(width, height, trouble, page):
         console.print(line, no_wrap=True, crop=False, overflow="ignore", highlight=False)
@@ -98,10 +98,19 @@ def test_it_fits_and_shows_the_headings_and_every_table(width, height, num_clien
     lines = drawn(width, height, info(num_clients, waits=["actor-1: " + "waits for something " * 10]), looks=100)
     assert len(lines) == height
     assert max(map(len, lines)) <= width
-    assert lines[1].startswith("TABLE ")
+    assert lines[2].startswith("TABLE ")
     for name in TABLES:
         assert sum(line.startswith(name[:10]) for line in lines) == 1, name
     assert any("waits  replay: actor-1" in line for line in lines)
+
+
+def test_the_episodes_of_all_clients_are_those_of_their_statistics():
+    assert drawn(80, 24, info(0))[1] == "no episode has ended yet"
+    tracker = rb.StatsTracker(1, extra_metrics_keys=("speed",), done_reason_keys=("fell",))
+    for reward, fell in ((10.0, True), (30.0, False), (80.0, False), (200.0, False)):
+        tracker.update([reward], [True], metrics={"speed": [2.5]}, done_reasons={"fell": [fell]})
+    line = drawn(120, 24, info(0), stats=tracker.get_statistics())[1]
+    assert line == "4 episodes · return 80 (10..200) · length 1 · fell 25 % · speed 2.50"
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
@@ -109,15 +118,15 @@ def test_rates_gauges_sparklines_and_clients_are_there(width, height):
     lines = drawn(width, height, info(3), looks=3)
     screen = "\n".join(lines)
     assert "· 3 clients · 1.23G messages, 12 refused" in lines[0]
-    assert "12.3k" in lines[2]
-    assert "49.4k" in lines[2]
-    assert "3.98" in lines[2]
-    assert "80.0s" in lines[2]
-    assert "samples wait ├" in lines[3]
-    assert "3.00k in 2.00k..6.00k" in lines[3]
-    assert "███ max 12.3k" in lines[4]
-    assert "top 1 % has 27 %" in lines[5]
-    assert "stale 1.2 %" in lines[5]
+    assert "12.3k" in lines[3]
+    assert "49.4k" in lines[3]
+    assert "3.98" in lines[3]
+    assert "80.0s" in lines[3]
+    assert "samples wait ├" in lines[4]
+    assert "3.00k in 2.00k..6.00k" in lines[4]
+    assert "███ max 12.3k" in lines[5]
+    assert "top 1 % has 27 %" in lines[6]
+    assert "stale 1.2 %" in lines[6]
     assert "500 of 1.00k items until sampling starts" in screen
     assert "128 being written, 500 finished, 2 being read" in screen
     rows = [line.split() for line in lines if line.startswith("actor-")]
