@@ -154,7 +154,8 @@ class UniformSampler:
     def draw(self, num_draws: int, rng: np.random.Generator, num_spares: int = 0) -> Draws:
         """See `Sampler.draw`."""
         require_drawable(num_draws, self.num_items)
-        places = rng.integers(self.num_items, size=num_draws + num_spares)
+        # Half the time of rng.integers; a place is off its probability by less than num_items in 2^53.
+        places = (rng.random(num_draws + num_spares) * self.num_items).astype(np.int64)
         return Draws(self._live.members[places], np.ones(len(places)), float(self.num_items))
 
     def update(self, rows: NDArray[np.int64], td_errors: NDArray[np.float64]) -> None:
