@@ -44,7 +44,7 @@ class Watched:
             if self._client is None:
                 self._client = connect(self._address, _RECONNECT_TIMEOUT_S, _NAME)
                 self._client.timeout_s = _ANSWER_TIMEOUT_S
-            self.screen.update(self._client.info(), self._client.tables, self._client.stats())
+            self.screen.update(self._client.info(), self._client.tables, self._client.stats(per_client=True))
         except (RLBufferError, OSError) as error:
             if not self._reason:
                 self._lost_s = time.monotonic()

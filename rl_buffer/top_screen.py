@@ -80,10 +80,12 @@ class Screen:
         self._info: Mapping[str, Any] | None = None
         self._tables: Mapping[str, Config] = {}
         self._stats: Mapping[str, float] = {}
+        self._category = ""  # before each key of the statistics
 
     def update(self, info: Mapping[str, Any], tables: Mapping[str, Config], stats: Mapping[str, float]) -> None:
-        """Take an answer of the server, its tables' configurations, and the statistics of all episodes."""
+        """Take an answer of the server, its tables' configurations, and the statistics of all episodes, per client."""
         self._info, self._tables, self._stats = info, tables, stats
+        self._category = next(iter(stats), "").partition("/")[0]
         for name, table in info["tables"].items():
             for rate in ("inserts_per_s", "samples_per_s"):
                 self._rates.setdefault((name, rate), deque(maxlen=_HISTORY)).append(table[rate])
@@ -215,6 +217,10 @@ class Screen:
         clients = [client for client in info["clients"] if not client["name"].startswith(WATCHER)]
         return sorted(clients, key=lambda client: (_natural(client["name"]), client["pid"], -client["attached_s"]))
 
+    def _return_of(self, client: Mapping[str, Any]) -> float:
+        """The mean of its last episodes, by its name; NaN while there is none."""
+        return self._stats.get(f"{self._category}/clients/{client['name']}/rewards_mean", math.nan)
+
     def _clients(self, clients: list[Mapping[str, Any]], width: int, height: int, page: int) -> list[Text]:
         """As many side by side as the width takes."""
         if height < 1:
@@ -235,7 +241,7 @@ class Screen:
         heading = _columns(_CLIENT_COLUMNS, [heading for heading, _, _ in _CLIENT_COLUMNS], block_width, _HEAD)
         lines = [Text("  ").join([heading] * num_blocks)]
         for row in range(num_rows):
-            cells = [_client(client, block_width) for client in shown[row::num_rows]]
+            cells = [_client(client, self._return_of(client), block_width) for client in shown[row::num_rows]]
             lines.append(Text("  ").join(cells))
         if len(shown) < len(clients):
             lines.append(Text("and ", style=_DIM) + _sum_of(clients[:first] + clients[first + per_page :]))
@@ -254,14 +260,15 @@ _TABLE_COLUMNS = (
     ("USES", 6, True),
 )
 _CLIENT_COLUMNS = (
-    ("CLIENT", 20, False),
+    ("CLIENT", 14, False),
     ("PID", 9, True),
     ("DOES", 7, True),
     ("INSERTS/s", 10, True),
     ("SAMPLES/s", 10, True),
     ("HOLDS", 7, True),
+    ("RETURN", 8, True),
     ("SILENT", 8, True),
-    ("", 6, False),
+    ("", 5, False),
 )
 
 
@@ -284,7 +291,7 @@ def _columns(
     return line
 
 
-def _client(client: Mapping[str, Any], width: int) -> Text:
+def _client(client: Mapping[str, Any], mean_return: float, width: int) -> Text:
     does = " ".join(f"{client[key]}{letter}" for key, letter in (("writers", "w"), ("samplers", "s")) if client[key])
     cells = [
         client["name"],
@@ -293,6 +300,7 @@ def _client(client: Mapping[str, Any], width: int) -> Text:
         short(client["inserts_per_s"]),
         short(client["samples_per_s"]),
         short(client["reserved_rows"] + client["reading"]),
+        short(mean_return),
         duration(client["last_message_s"]),
         "" if client["connected"] else "gone",
     ]
@@ -308,7 +316,7 @@ def _sum_of(clients: list[Mapping[str, Any]]) -> Text:
 
 def _episodes(stats: Mapping[str, float]) -> Text:
     """Those of all clients, over the window: returns, lengths, and what `client.stats()` has besides."""
-    figures = {key.partition("/")[2]: value for key, value in stats.items()}
+    figures = {key.partition("/")[2]: value for key, value in stats.items() if "/clients/" not in key}
     if not figures:
         return Text("no episode has ended yet", style=_DIM)
     line = Text(f"{short(figures['num_episodes'])} episodes · return ")

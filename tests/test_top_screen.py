@@ -115,7 +115,9 @@ def test_the_episodes_of_all_clients_are_those_of_their_statistics():
 
 @pytest.mark.parametrize(("width", "height"), SIZES)
 def test_rates_gauges_sparklines_and_clients_are_there(width, height):
-    lines = drawn(width, height, info(3), looks=3)
+    stats = {"train/num_episodes": 3.0, "train/rewards_mean": 5.0, "train/rewards_min": 1.0, "train/rewards_max": 9.0}
+    stats |= {"train/lengths_mean": 7.0, "train/clients/actor-1/rewards_mean": 45.25}
+    lines = drawn(width, height, info(3), looks=3, stats=stats)
     screen = "\n".join(lines)
     assert "· 3 clients · 1.23G messages, 12 refused" in lines[0]
     assert "12.3k" in lines[3]
@@ -131,7 +133,8 @@ def test_rates_gauges_sparklines_and_clients_are_there(width, height):
     assert "128 being written, 500 finished, 2 being read" in screen
     rows = [line.split() for line in lines if line.startswith("actor-")]
     assert [row[0] for row in rows] == ["actor-0", "actor-1", "actor-2"]
-    assert rows[1][1:] == ["4190001", "1w", "100k", "0", "128", "0.12s"]
+    assert rows[1][1:] == ["4190001", "1w", "100k", "0", "128", "45.2", "0.12s"]
+    assert rows[2][-2:] == ["-", "0.12s"]
     assert "rl-buffer top" not in screen
 
 
