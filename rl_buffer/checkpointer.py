@@ -163,6 +163,8 @@ class Checkpointer:
             taken = CutTaken(cut.sources, segments, offset, len(contents))
             checkpoint_process.send(run.socket, taken, [fds[segment] for segment in segments])
             reached("checkpoint.handed_over")
+        except (BrokenPipeError, ConnectionResetError):  # it has ended, and it will be said how
+            run.process.kill()
         except OSError as error:
             run.failure = f"the server could not hand over what is to be copied: {error}"
             run.process.kill()

@@ -32,9 +32,9 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("block", blocks("python"))
 def test_every_python_block_runs_as_it_stands(block, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S
-    )
+    script = tmp_path / "block.py"
+    script.write_text(block)
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=DEADLINE_S)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
 
