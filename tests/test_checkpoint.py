@@ -169,8 +169,15 @@ def send_signal(pid, number):
 # ---- what is in it ---------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_of_a_server_at_work_is_one_moment_of_it(serve, connect, children, pipe, receive, path):
-    tables = {"first": PRIORITIZED, "second": UNIFORM}
+def test_a_checkpoint_of_a_server_at_work_is_one_moment_of_it(
+    serve, connect, children, pipe, receive, eventually, path
+):
+    # So large that a writer which gets no time for a while still has rows there.
+    capacities = {"first": 2000, "second": 1000}
+    tables = {
+        name: msgspec.structs.replace(config, capacity=capacities[name])
+        for name, config in (("first", PRIORITIZED), ("second", UNIFORM))
+    }
     server = serve(tables)
     client = connect(server)
     starts = (0, 10**9)
@@ -178,6 +185,7 @@ def test_a_checkpoint_of_a_server_at_work_is_one_moment_of_it(serve, connect, ch
         here, there = pipe()
         children.start(f"writer-{start}", child.write_pairs, server.address, there, start, list(tables))
         assert receive(here, children) == "writing"
+    eventually(lambda: all(client.size(name) == capacity for name, capacity in capacities.items()))
     sampler = client.sampler("first", batch_size=32)
     reports = []
     for _ in range(2):
@@ -187,7 +195,7 @@ def test_a_checkpoint_of_a_server_at_work_is_one_moment_of_it(serve, connect, ch
             batch = sampler.sample()
             sampler.update_priorities(batch, batch.rewards - 500)
     assert len(reports) == 2
-    assert reports[-1].num_items == {"first": 200, "second": 100}
+    assert reports[-1].num_items == capacities
 
     restored = connect(serve(tables, restore=path))
     info, statistics = restored.info(), restored.stats(per_client=True)
