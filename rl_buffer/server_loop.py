@@ -447,6 +447,7 @@ def _main() -> None:
             return  # it ended before we could watch it
         loop = ServerLoop(config)
     except (RLBufferError, msgspec.MsgspecError, OSError) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # who is told ends us, and we end by ourselves
         _say(ServerStatus(error=str(error), error_class=type(error).__name__))
         raise SystemExit(1) from None
     with loop:
