@@ -191,8 +191,9 @@ class Session:
         inserts = figures["inserts"] - self._inserts_before
         self.env_steps = self._steps_before + inserts * self._steps_per_insert
         self._stats = stats
+        episodes = _episodes_by_client(stats)
         actors = [
-            c | {"version_lag": self._version - c["parameter_version"]} | _episodes_of(c["name"], stats)
+            c | {"version_lag": self._version - c["parameter_version"]} | episodes.get(c["name"], {})
             for c in info["clients"]
             if c["writers"]
         ]
@@ -280,10 +281,15 @@ class Session:
         return summary
 
 
-def _episodes_of(name: str, stats: Mapping[str, float]) -> dict[str, float]:
-    """A client's part of the statistics, without the prefix."""
-    parts = (key.rpartition("/") for key in stats)
-    return {key: stats[f"{prefix}/{key}"] for prefix, _, key in parts if prefix.endswith(f"/clients/{name}")}
+def _episodes_by_client(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Each client's part of the statistics by its name, without the prefix."""
+    by_client: dict[str, dict[str, float]] = {}
+    for path, value in stats.items():
+        prefix, _, key = path.rpartition("/")
+        _, is_of_client, name = prefix.partition("/clients/")
+        if is_of_client:
+            by_client.setdefault(name, {})[key] = value
+    return by_client
 
 
 def describe(summary: dict[str, Any]) -> str:

@@ -13,12 +13,33 @@ Only the server (or the in-process buffer) mutates it. There is no head pointer 
 its rows stay out of both queues, and everything else goes around them. No torch, no sockets, no clock.
 """
 
+from collections.abc import Container
+
 import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.errors import InvalidInput
 
 Rows = NDArray[np.int64]
+
+
+def require_each_once(rows: Rows, held: Container[int], what: str) -> None:
+    """Refuse rows of which one is not held, or named twice.
+
+    Args:
+        rows: [N].
+        held: those that may be named.
+        what: they are, in messages: "fragment".
+
+    Raises:
+        InvalidInput: which.
+    """
+    listed = rows.tolist()
+    for row in listed:
+        if row not in held:
+            raise InvalidInput(f"{what} {row} is not being read")
+    if len(set(listed)) != len(listed):
+        raise InvalidInput(f"{what}s {listed} are named twice")
 
 
 class RowQueue:

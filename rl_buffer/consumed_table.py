@@ -23,11 +23,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rl_buffer.allocator import RowQueue, Rows
+from rl_buffer.allocator import RowQueue, Rows, require_each_once
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.rate_limiters import RateLimiter
-from rl_buffer.samplers import Fifo, Lifo, PrioritizedSampler, UniformSampler, make_sampler
+from rl_buffer.samplers import (
+    Fifo,
+    Lifo,
+    PrioritizedSampler,
+    UniformSampler,
+    make_sampler,
+    require_initial,
+    require_updatable,
+)
 from rl_buffer.tables import ReplayTable, Sample, TableCut
 
 
@@ -125,10 +133,7 @@ class ConsumedTableState:
         Raises:
             InvalidInput: one is infinite, or too large for the sampler.
         """
-        if np.isinf(td_errors).any():
-            raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
-        if self._sampler is not None:
-            self._sampler.check_insertable(td_errors)
+        require_initial(td_errors, self._sampler)
 
     def evict_for(self, num_rows: int) -> Rows:
         """Free the oldest items that would not fit beside so many more; to be called before `commit`."""
@@ -189,7 +194,7 @@ class ConsumedTableState:
         Raises:
             InvalidInput: one is not being read, or named twice. Nothing changes.
         """
-        self._require_reading(rows)
+        require_each_once(rows, self._reading, "row")
         is_last = self._is_last_use(rows)
         removed, returned = rows[is_last], rows[~is_last]
         for row in removed.tolist():
@@ -206,7 +211,7 @@ class ConsumedTableState:
         Raises:
             InvalidInput: one is not being read, or named twice. Nothing changes.
         """
-        self._require_reading(rows)
+        require_each_once(rows, self._reading, "row")
         self.limiter.sampled(-len(rows))
         self.limiter.deleted(-int(np.count_nonzero(self._is_last_use(rows))))
         self._return(rows)
@@ -219,10 +224,7 @@ class ConsumedTableState:
         """
         if not isinstance(self._sampler, PrioritizedSampler):
             raise InvalidInput("this table has no priorities to update; give it sampler=Prioritized()")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < self.config.num_rows):
-            raise InvalidInput(f"rows must be in [0, {self.config.num_rows}), got {rows.min()}..{rows.max()}")
-        if not np.isfinite(td_errors).all():
-            raise InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
+        require_updatable(rows, self.config.num_rows, td_errors)
         fresh = (self.generations[rows] == generations) & (self._sampler.masses[rows] > 0)
         self._sampler.update(rows[fresh], td_errors[fresh])
         num_stale = len(rows) - int(np.count_nonzero(fresh))
@@ -401,14 +403,6 @@ class ConsumedTableState:
         kept = self._uncopied[rows]
         self._held.update(rows[kept].tolist())
         self._free.push(rows[~kept])
-
-    def _require_reading(self, rows: Rows) -> None:
-        listed = rows.tolist()
-        for row in listed:
-            if row not in self._reading:
-                raise InvalidInput(f"row {row} is not being read")
-        if len(set(listed)) != len(listed):
-            raise InvalidInput(f"rows {listed} are named twice")
 
 
 class _Order:

@@ -19,7 +19,13 @@ from rl_buffer.batch_draws import draw_batch
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.rate_limiters import RateLimiter
-from rl_buffer.samplers import PrioritizedSampler, make_sampler, require_drawable
+from rl_buffer.samplers import (
+    PrioritizedSampler,
+    make_sampler,
+    require_drawable,
+    require_initial,
+    require_updatable,
+)
 from rl_buffer.tables import ReplayTable, Sample, TableCut
 
 
@@ -95,9 +101,7 @@ class ReplayTableState:
         Raises:
             InvalidInput: one is infinite, or too large for the sampler.
         """
-        if np.isinf(td_errors).any():
-            raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
-        self._sampler.check_insertable(td_errors)
+        require_initial(td_errors, self._sampler)
 
     def commit_priorities_again(self, rows: Rows, td_errors: NDArray[np.float64] | None) -> None:
         """Give committed rows the priorities that `commit` would have given them."""
@@ -153,12 +157,9 @@ class ReplayTableState:
 
     def _refusal(self, rows: Rows, generations: NDArray[np.int64], td_errors: NDArray[np.float64]) -> InvalidInput:
         """Why `update_priorities` cannot be made."""
-        if len(rows) and rows.view(np.uint64).max() >= self.config.num_rows:
-            return InvalidInput(f"rows must be in [0, {self.config.num_rows}), got {rows.min()}..{rows.max()}")
-        if not np.isfinite(td_errors).all():
-            return InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
-        fresh = (self.generations[rows] == generations) & (generations & 1 == 1)
         try:
+            require_updatable(rows, self.config.num_rows, td_errors)
+            fresh = (self.generations[rows] == generations) & (generations & 1 == 1)
             self._sampler.update(rows[fresh], td_errors[fresh])
         except InvalidInput as error:
             return error

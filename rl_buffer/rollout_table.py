@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rl_buffer.allocator import RowQueue, Rows
+from rl_buffer.allocator import RowQueue, Rows, require_each_once
 from rl_buffer.errors import InvalidInput
 from rl_buffer.tables import RolloutTable, TableCut
 
@@ -163,7 +163,7 @@ class RolloutTableState:
         Raises:
             InvalidInput: one is not being read, or named twice. Nothing changes.
         """
-        self._require_reading(rows)
+        require_each_once(rows, self._reading, "fragment")
         for row in rows.tolist():
             del self._reading[row]
         self._retire(rows)
@@ -174,7 +174,7 @@ class RolloutTableState:
         Raises:
             InvalidInput: one is not being read, or named twice. Nothing changes.
         """
-        self._require_reading(rows)
+        require_each_once(rows, self._reading, "fragment")
         self._queue([self._reading.pop(row) for row in rows.tolist()])
 
     def clear(self) -> None:
@@ -254,11 +254,3 @@ class RolloutTableState:
     def _queue(self, fragments: list[Fragment]) -> None:
         in_order = sorted([*self._finished, *fragments], key=lambda fragment: fragment.number)
         self._finished = deque(in_order)
-
-    def _require_reading(self, rows: Rows) -> None:
-        listed = rows.tolist()
-        for row in listed:
-            if row not in self._reading:
-                raise InvalidInput(f"fragment {row} is not being read")
-        if len(set(listed)) != len(listed):
-            raise InvalidInput(f"fragments {listed} are named twice")

@@ -310,6 +310,31 @@ def require_masses(config: SamplerConfig, td_errors: NDArray[np.float64]) -> NDA
     return magnitudes
 
 
+def require_updatable(rows: NDArray[np.int64], num_rows: int, td_errors: NDArray[np.float64]) -> None:
+    """Refuse new priorities of rows that a table does not have, or of TD errors that are not finite.
+
+    Raises:
+        InvalidInput: with the row or the TD error.
+    """
+    # As unsigned numbers negative rows are too large as well: one comparison for both ends.
+    if len(rows) and rows.view(np.uint64).max() >= num_rows:
+        raise InvalidInput(f"rows must be in [0, {num_rows}), got {rows.min()}..{rows.max()}")
+    if not np.isfinite(td_errors).all():
+        raise InvalidInput(f"TD errors must be finite, got {td_errors[~np.isfinite(td_errors)][0]}")
+
+
+def require_initial(td_errors: NDArray[np.float64], sampler: Sampler | None) -> None:
+    """Refuse initial TD errors, [N] with NaN for unknown ones, that are infinite or too large for the sampler.
+
+    Raises:
+        InvalidInput: one is.
+    """
+    if np.isinf(td_errors).any():
+        raise InvalidInput("td_errors of a commit must be finite or NaN (unknown), got inf")
+    if sampler is not None:
+        sampler.check_insertable(td_errors)
+
+
 def _largest_magnitude(config: Prioritized) -> float:
     """What _LARGEST_MASS belongs to; for small alpha 1e300, because that one is no float."""
     return float(_LARGEST_MASS ** (1.0 / max(config.alpha, 2.0 / 3.0)))

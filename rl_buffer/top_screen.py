@@ -80,12 +80,10 @@ class Screen:
         self._info: Mapping[str, Any] | None = None
         self._tables: Mapping[str, Config] = {}
         self._stats: Mapping[str, float] = {}
-        self._category = ""  # before each key of the statistics
 
     def update(self, info: Mapping[str, Any], tables: Mapping[str, Config], stats: Mapping[str, float]) -> None:
         """Take an answer of the server, its tables' configurations, and the statistics of all episodes, per client."""
         self._info, self._tables, self._stats = info, tables, stats
-        self._category = next(iter(stats), "").partition("/")[0]
         for name, table in info["tables"].items():
             for rate in ("inserts_per_s", "samples_per_s"):
                 self._rates.setdefault((name, rate), deque(maxlen=_HISTORY)).append(table[rate])
@@ -219,7 +217,8 @@ class Screen:
 
     def _return_of(self, client: Mapping[str, Any]) -> float:
         """The mean of its last episodes, by its name; NaN while there is none."""
-        return self._stats.get(f"{self._category}/clients/{client['name']}/rewards_mean", math.nan)
+        category = next(iter(self._stats), "").partition("/")[0]  # before each key
+        return self._stats.get(f"{category}/clients/{client['name']}/rewards_mean", math.nan)
 
     def _clients(self, clients: list[Mapping[str, Any]], width: int, height: int, page: int) -> list[Text]:
         """As many side by side as the width takes."""

@@ -20,6 +20,8 @@ import sys
 import threading
 import time
 
+import rl_buffer.server
+
 _PR_SET_CHILD_SUBREAPER = 36
 _LIMITS = (resource.RLIMIT_NOFILE, resource.RLIMIT_FSIZE, resource.RLIMIT_AS, resource.RLIMIT_DATA)
 _MAX_REQUEST_NBYTES = 1 << 20
@@ -71,7 +73,7 @@ class WarmServers:
         self._socket.settimeout(_DEADLINE_S)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _MAX_REQUEST_NBYTES)
         with theirs:
-            limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "NUMBA_NUM_THREADS"), "1")
+            limits = dict.fromkeys(rl_buffer.server._THREAD_LIMITS, "1")
             self._parent = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -138,7 +140,7 @@ def _fork_server(requests, request, descriptors):
 if __name__ == "__main__":
     import rl_buffer.row_set
     import rl_buffer.server_loop
-    import rl_buffer.sum_tree  # noqa: F401
+    import rl_buffer.sum_tree
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _serve_forks(socket.socket(fileno=int(sys.argv[1])))
