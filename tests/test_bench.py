@@ -153,7 +153,7 @@ def test_figures_of_a_start_are_in_seconds_and_in_megabytes_of_the_process_that_
 
 def test_missing_peers_come_with_the_command_that_installs_them(bench):
     printed, document, _ = bench
-    absent = [peer for peer in PEERS.values() if document["environment"]["versions"][peer] is None]
+    absent = [peer for peer in dict.fromkeys(PEERS.values()) if document["environment"]["versions"][peer] is None]
     assert not absent or f"uv pip install {' '.join(absent)}" in printed
 
 

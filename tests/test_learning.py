@@ -8,6 +8,8 @@ import torch
 from test_samplers import CRITICAL_99, TD_ERRORS, chi_square_statistic
 
 import rl_buffer as rb
+from rl_buffer.batch_draws import NO_WORDS
+from rl_buffer.row_copies import gather_rows
 
 pytestmark = pytest.mark.timeout(60)
 torch.set_num_threads(1)
@@ -152,16 +154,16 @@ def test_batches_hold_each_transition_as_often_as_its_priority_says(batch_size):
     assert statistic(buffer, batch_size) < CRITICAL_99
 
 
-def off_by_one(draws):
-    return draws._replace(rows=(draws.rows + 1) % 100)
+def off_by_one(rows):
+    return (rows + 1) % 100
 
 
-def without_the_last_row(draws):
-    return draws._replace(rows=np.where(draws.rows == 99, 0, draws.rows))
+def without_the_last_row(rows):
+    return np.where(rows == 99, 0, rows)
 
 
-def of_the_children_in_the_wrong_order(draws):
-    return draws._replace(rows=draws.rows ^ 1)
+def of_the_children_in_the_wrong_order(rows):
+    return rows ^ 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 50])
@@ -169,9 +171,17 @@ def of_the_children_in_the_wrong_order(draws):
 def test_the_frequency_test_rejects_wrong_rows(monkeypatch, wrong, batch_size):
     buffer = prioritized_buffer()
     update_all(buffer)
-    sampler = buffer._state._sampler
-    draw = sampler.draw
-    monkeypatch.setattr(sampler, "draw", lambda *args, **options: wrong(draw(*args, **options)))
+    state = buffer._state
+    draw_batch = state.draw_batch
+
+    def draw_wrong_batch(batch_size, beta, source, target):
+        drawn, weights = draw_batch(batch_size, beta, NO_WORDS, NO_WORDS)
+        drawn[0] = wrong(drawn[0])
+        drawn[1] = state.generations[drawn[0]]
+        gather_rows(source, drawn[0], target)
+        return drawn, weights
+
+    monkeypatch.setattr(state, "draw_batch", draw_wrong_batch)
     assert statistic(buffer, batch_size) > CRITICAL_99
 
 

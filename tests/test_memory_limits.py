@@ -20,9 +20,9 @@ pytestmark = pytest.mark.timeout(240)
 MIB, GIB = 1 << 20, 1 << 30
 LIMIT_NBYTES = 1 * GIB
 KEPT_FREE_NBYTES = 256 * MIB
-SPEC = rb.TransitionSpec(
-    obs=rb.Field((1,)), action=rb.Field((1,))
-)  # 64 bytes a row, 8 of generations, 40 to keep books
+ROW_NBYTES = 64 + 8  # of SPEC, and its generation
+BOOKKEEPING_NBYTES = 64  # a row
+SPEC = rb.TransitionSpec(obs=rb.Field((1,)), action=rb.Field((1,)))
 TESTS = Path(__file__).parent
 
 
@@ -83,9 +83,9 @@ def test_a_server_knows_the_limit_of_its_cgroup_for_rows_for_bookkeeping_and_for
     assert need > 2 * LIMIT_NBYTES
     assert LIMIT_NBYTES / 2 < have <= LIMIT_NBYTES
     # Rows that fit, with bookkeeping that does not.
-    num_rows = int(0.9 * (have - KEPT_FREE_NBYTES)) // 72
+    num_rows = int(0.9 * (have - KEPT_FREE_NBYTES)) // ROW_NBYTES
     need, _ = need_and_have(serve_there(table(num_rows)))
-    assert need == pytest.approx(num_rows * 112, rel=0.02)
+    assert need == pytest.approx(num_rows * (ROW_NBYTES + BOOKKEEPING_NBYTES), rel=0.02)
     client = connect(serve_there(table(num_rows // 2)))
     with client.writer("replay", num_envs=1, chunk_size=1) as writer:
         writer.add([1.0], [1.0], 1.0, False, [1.0])
