@@ -20,13 +20,11 @@ def draw_curve(path: Path, rows: Rows, title: str, threshold: float | None) -> N
         title: above all.
         threshold: return that counts as solved, if there is one.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
     import matplotlib.ticker
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # without pyplot, which takes another second to import
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 7.5), dpi=100, sharex=True)
+    figure = Figure(figsize=(12, 7.5), dpi=100)
+    axes = figure.subplots(2, 2, sharex=True)
     (returns, losses), (rates, lags) = axes
     _draw_returns(returns, rows, threshold)
     names = [key for key in (rows[0] if rows else ()) if key == "loss" or key.endswith("_loss")]
@@ -48,7 +46,6 @@ def draw_curve(path: Path, rows: Rows, title: str, threshold: float | None) -> N
     figure.suptitle(title)
     figure.tight_layout()
     figure.savefig(path)
-    pyplot.close(figure)
 
 
 def _draw_returns(axes: Any, rows: Rows, threshold: float | None) -> None:

@@ -276,9 +276,13 @@ class Session:
             "stats": self._stats,
         }
         self._reporters.finish(summary)
-        self._run.draw_curve(f"{agent.title}, {agent.env_id}, seed {agent.seed}", self._threshold)
         self.client.close()
         return summary
+
+    def draw_curve(self) -> None:
+        """Draw curve.png: seconds of work, for when the actors have ended and whoever pressed Ctrl-C need not wait."""
+        agent = self.agent
+        self._run.draw_curve(f"{agent.title}, {agent.env_id}, seed {agent.seed}", self._threshold)
 
 
 def _episodes_by_client(stats: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -52,6 +52,7 @@ def main(options: RunLearner) -> None:
     ):
         session = Session(agent, options.connect, run, display, reporters, resume=options.resume is not None)
         summary = session.run(algorithm.train)
+    session.draw_curve()
     print(f"{describe(summary)}; see {run.path}/")
 
 

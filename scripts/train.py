@@ -80,6 +80,7 @@ def main(options: Train) -> None:
                 num_actors=options.crew.num_actors,
             )
             summary = session.run(algorithm.train)
+    session.draw_curve()
     print(f"{describe(summary)}; see {run.path}/")
 
 

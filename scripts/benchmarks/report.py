@@ -85,25 +85,21 @@ class Report:
 
     def draw(self, path: Path) -> None:
         """One panel for each operation."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
 
         operations = _distinct(case.operation for case in self._values)
         num_columns, num_rows = 4, max(1, -(-len(operations) // 4))
-        figure, grid = pyplot.subplots(
-            num_rows, num_columns, figsize=(18, 0.6 + 3.4 * num_rows), dpi=100, squeeze=False, layout="constrained"
-        )
+        figure = Figure(figsize=(18, 0.6 + 3.4 * num_rows), dpi=100, layout="constrained")
+        grid = figure.subplots(num_rows, num_columns, squeeze=False)
         for axes, operation in zip(grid.flat, operations, strict=False):
             self._draw_operation(axes, operation)
         for axes in grid.flat[len(operations) :]:
             axes.axis("off")
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
+        handles = [Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
         figure.legend(handles, self._candidates, loc="outside lower center", ncols=len(handles))
         figure.suptitle("Medians, with whiskers from quartile to quartile; of rates more is better, of times less")
         figure.savefig(path)
-        pyplot.close(figure)
 
     def _section_table(self, section: str) -> Table:
         cases = {m.case: m for m in self._measurements if m.section == section}
