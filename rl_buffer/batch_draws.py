@@ -1,7 +1,8 @@
 """A prioritized batch in one kernel: draw rows, weight them, tell what they hold, and copy them.
 
 What `SumTree.draw`, `importance_weights` and `gather_rows` do one after the other, of the same parts. Each of these
-calls costs 2 us around its kernel; and here a row's cache lines are on their way while others are weighted.
+calls costs 2 us around its kernel; and here a row's cache lines are on their way while others are weighted. Of what a
+server draws for others, `draw_samples` does the first half, several batches at once.
 """
 
 from typing import Any
@@ -11,15 +12,12 @@ from numpy.typing import NDArray
 
 from rl_buffer.cache_lines import prefetch
 from rl_buffer.importance import smallest_of, weight
-from rl_buffer.kernels import FLOAT, FLOATS, FLOATS32, FLOATS_2D, INT, INTS, INTS_2D, compiled
+from rl_buffer.kernels import FLOAT, FLOATS, FLOATS32, FLOATS_2D, INT, INTS, compiled
 from rl_buffer.row_copies import ask_for_row, copy_row, num_rows_ahead
 from rl_buffer.sum_tree import SumTree, draw_leaves
 
-_ROWS, _GENERATIONS = 0, 1
-NO_WORDS = np.empty(0, np.int64)
 
-
-@compiled(FLOATS, FLOATS_2D, INTS, FLOATS, FLOAT, INTS, INTS_2D, FLOATS32, INTS, INT, INTS)
+@compiled(FLOATS, FLOATS_2D, INTS, FLOATS, FLOAT, INTS, INTS, INTS, FLOATS32, INTS, INT, INTS)
 def _draw_batch(
     leaves: Any,
     nodes: Any,
@@ -27,14 +25,15 @@ def _draw_batch(
     uniforms: Any,
     beta: float,
     generations: Any,
-    drawn: Any,
+    rows: Any,
+    drawn_generations: Any,
     weights: Any,
     source: Any,
     row_words: int,
     target: Any,
 ) -> None:
     num_draws = uniforms.size
-    rows, masses = drawn[_ROWS], np.empty(num_draws)
+    masses = np.empty(num_draws)
     draw_leaves(leaves, nodes, levels, uniforms, num_draws, rows, masses)
     smallest = smallest_of(masses)
     ahead = num_rows_ahead(row_words)
@@ -45,7 +44,51 @@ def _draw_batch(
         if i >= 0:
             copy_row(source, row_words, rows[i], target, i)
             weights[i] = weight(masses[i], smallest, beta)
-            drawn[_GENERATIONS, i] = generations[rows[i]]
+            drawn_generations[i] = generations[rows[i]]
+
+
+@compiled(FLOATS, FLOATS_2D, INTS, FLOATS, INT, INT, INTS, INTS, INTS, FLOATS)
+def _draw_samples(
+    leaves: Any,
+    nodes: Any,
+    levels: Any,
+    uniforms: Any,
+    num_batches: int,
+    num_parts: int,
+    generations: Any,
+    rows: Any,
+    drawn_generations: Any,
+    masses: Any,
+) -> None:
+    num_draws = uniforms.size // num_batches
+    for start in range(0, uniforms.size, num_draws):
+        stop = start + num_draws
+        draw_leaves(leaves, nodes, levels, uniforms[start:stop], num_parts, rows[start:stop], masses[start:stop])
+        for i in range(start, stop):
+            prefetch(generations, rows[i])
+    for i in range(rows.size):
+        drawn_generations[i] = generations[rows[i]]
+
+
+def draw_samples(
+    tree: SumTree, uniforms: NDArray[np.float64], num_batches: int, num_parts: int, generations: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
+    """Draw several batches with spares, as `SumTree.draw` does each, and tell what their rows hold.
+
+    Args:
+        tree: of the masses of all rows, one of which at least has mass.
+        uniforms: [N] float64 in [0, 1), N / `num_batches` of each batch; used up.
+        num_batches: how many batches that is.
+        num_parts: draws of each batch that fall into one of as many equal parts of the total each; the rest are spares.
+        generations: of all rows, [num_leaves].
+
+    Returns:
+        Rows [N], their generations [N] and masses [N].
+    """
+    rows, drawn_generations = np.empty(uniforms.size, np.int64), np.empty(uniforms.size, np.int64)
+    masses = np.empty(uniforms.size)
+    _draw_samples(*tree.arrays, uniforms, num_batches, num_parts, generations, rows, drawn_generations, masses)
+    return rows, drawn_generations, masses
 
 
 def draw_batch(
@@ -55,7 +98,7 @@ def draw_batch(
     generations: NDArray[np.int64],
     source: NDArray[np.int64],
     target: NDArray[np.int64],
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Draw N rows by mass, one of each N-th part of the total, and copy them.
 
     Args:
@@ -67,9 +110,11 @@ def draw_batch(
         target: flat, [N * row_words]; where the rows go to. Empty if they are not to be copied.
 
     Returns:
-        Rows and their generations, [2, N] int64, and weights [N].
+        Rows [N], their generations [N] and weights [N].
     """
-    drawn, weights = np.empty((2, len(uniforms)), np.int64), np.empty(len(uniforms), np.float32)
-    row_words = target.size // len(uniforms)
-    _draw_batch(*tree.arrays, uniforms, beta, generations, drawn, weights, source, row_words, target)
-    return drawn, weights
+    num_draws = uniforms.size
+    rows, drawn_generations = np.empty(num_draws, np.int64), np.empty(num_draws, np.int64)
+    weights = np.empty(num_draws, np.float32)
+    row_words = target.size // num_draws
+    _draw_batch(*tree.arrays, uniforms, beta, generations, rows, drawn_generations, weights, source, row_words, target)
+    return rows, drawn_generations, weights

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from rl_buffer.errors import InvalidInput
+from rl_buffer.samplers import Prioritized, require_masses
 from rl_buffer.sequence_history import sequence_td_errors
 from rl_buffer.spec import RowLayout, leaves_below, unflatten
 from rl_buffer.tables import ReplayTable
@@ -30,6 +31,7 @@ _TORCH_DTYPES = {
     "float64": torch.float64,
 }
 _NUMPY_FLOATS = (torch.float32, torch.float64)
+_SURELY_FINE = 1e300  # sum of the squares of TD errors: none is above 1e150, whose mass is allowed up to alpha 1
 
 
 class _Field:
@@ -201,6 +203,17 @@ def leaf_views(layout: RowLayout, block: torch.Tensor, hidden: tuple[str, ...] =
     return views
 
 
+def drawn_rows(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """`indices` and `generations` of a batch, (B,) each; None where it was not drawn by priority."""
+    own = batch.__dict__ if isinstance(batch, _Batch) else {}
+    drawn = own.get("_drawn", {})
+    if "indices" in drawn and not ("indices" in own or "generations" in own):  # arrays that nobody made tensors of
+        return drawn["indices"], drawn["generations"]
+    if getattr(batch, "generations", None) is None:
+        return None
+    return batch.indices.numpy(), batch.generations.numpy()
+
+
 def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) -> NDArray[np.float64]:
     """What `update_priorities` was given for N rows as [N] float64 on the CPU.
 
@@ -211,9 +224,9 @@ def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) 
         td_errors: (N,) or (N, 1), signed or not; for a SequenceBatch also (N, T); on any device, may require grad.
 
     Raises:
-        InvalidInput: wrong shape, NaN or infinity.
+        InvalidInput: wrong shape, NaN or infinity, or a mass that would be too large.
     """
-    if td_errors.__class__ is torch.Tensor and td_errors.device.type == "cpu" and td_errors.dtype in _NUMPY_FLOATS:
+    if td_errors.__class__ is torch.Tensor and td_errors.is_cpu and td_errors.dtype in _NUMPY_FLOATS:
         errors = td_errors.detach().numpy().astype(np.float64)  # 2 us less than a conversion by torch
     else:
         errors = torch.as_tensor(td_errors).detach().to("cpu", torch.float64).numpy()
@@ -224,8 +237,12 @@ def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) 
     elif errors.shape not in ((num_rows,), (num_rows, 1)):
         also = f" or {tuple(batch.train_mask.shape)}" if isinstance(batch, SequenceBatch) else ""
         raise InvalidInput(f"td_errors has shape {errors.shape}, expected ({num_rows},) or ({num_rows}, 1){also}")
-    # A sum of squares is finite unless an error is not or is huge: a tenth of the time of a look at each.
-    if not math.isfinite(np.vdot(errors, errors)) and not np.isfinite(errors).all():
+    # A sum of squares is small unless an error is huge or not finite: a tenth of the time of a look at each.
+    are_fine = np.vdot(errors, errors) < _SURELY_FINE
+    if not are_fine and not np.isfinite(errors).all():
         bad = tuple(np.argwhere(~np.isfinite(errors))[0].tolist())
         raise InvalidInput(f"td_errors[{', '.join(map(str, bad))}] is {errors[bad]}, expected finite numbers")
-    return sequence_td_errors(errors, train_mask, table.eta) if mixed else errors.reshape(num_rows)
+    errors = sequence_td_errors(errors, train_mask, table.eta) if mixed else errors.reshape(num_rows)
+    if not are_fine or (isinstance(table.sampler, Prioritized) and table.sampler.alpha > 1.0):
+        require_masses(table.sampler, errors)
+    return errors

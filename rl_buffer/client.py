@@ -207,7 +207,7 @@ class Client:
         batch_size: int,
         *,
         beta: float = 0.4,
-        prefetch: int = 4,
+        prefetch: int = 8,
         device: "str | torch.device" = "cpu",
         contiguous: bool = False,
         timeout_s: float | None = None,
@@ -219,7 +219,8 @@ class Client:
             batch_size: transitions per batch, drawn with replacement.
             beta: exponent of the importance weights in [0, 1]; the attribute can be set later.
             prefetch: index sets that the server draws ahead; 0 draws when asked. Priorities and the rate limiter see
-                them when they are drawn.
+                them when they are drawn. New priorities travel with the credits for half as many batches; with 0 each
+                update is sent at once.
             device: where batches go; to a CUDA device in one copy from pinned memory.
             contiguous: copy each field out of the row block instead of handing out strided views.
             timeout_s: default deadline of `sample`, by default the client's.

@@ -228,6 +228,14 @@ class Channel:
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(server_pidfd, zmq.POLLIN)
+        self._server_end = select.poll()  # kept: to make one takes three times as long as to ask it
+        self._server_end.register(server_pidfd, select.POLLIN)
+
+    def check_server(self) -> None:
+        """See `Connection.check_server`; in the channel's thread only, and in a third of the time."""
+        self.connection.check()
+        if self._server_end.poll(0):
+            raise server_lost(self.connection.address)
 
     def send(self, frame: bytes) -> None:
         """Queue one frame.
@@ -237,7 +245,7 @@ class Channel:
             ServerLost: its process ended.
             Closed, ForkedClient: see `Connection.check`.
         """
-        self.connection.check_server()
+        self.check_server()
         try:
             self._socket.send(frame, zmq.NOBLOCK)
         except zmq.Again:

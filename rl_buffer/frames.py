@@ -34,7 +34,7 @@ _HEAD = struct.Struct("<B3xIQ")
 _COMMIT = struct.Struct("<B3xIQQqII")
 _GRANT = struct.Struct("<B3xIQQQ")
 _CREDIT = struct.Struct("<B3xIQII")
-_BATCH = struct.Struct("<B3xIQQdI4x")
+_BATCH = struct.Struct("<B3xIQQdII")
 
 
 class Commit(NamedTuple):
@@ -130,32 +130,45 @@ def decode_credit(frame: bytes) -> Credit:
 
 
 class Batch(NamedTuple):
-    """Server to sampler: one granted batch, its spares last."""
+    """Server to sampler: granted batches, drawn at one moment, one after the other, each with its spares last."""
 
     epoch: int
     batch_size: int
-    sample: Sample
+    sample: Sample  # of all of them
+    num_batches: int = 1
 
     def encode(self) -> bytes:
         """One frame."""
         sample = self.sample
-        head = _BATCH.pack(BATCH, len(sample.rows), self.epoch, sample.num_items, sample.total_mass, self.batch_size)
+        head = _BATCH.pack(
+            BATCH,
+            len(sample.rows),
+            self.epoch,
+            sample.num_items,
+            sample.total_mass,
+            self.batch_size,
+            self.num_batches,
+        )
         return b"".join((head, sample.rows.tobytes(), sample.generations.tobytes(), sample.masses.tobytes()))
+
+    def samples(self) -> list[Sample]:
+        """That of each batch, as views."""
+        rows, generations, masses, total_mass, num_items = self.sample
+        step = len(rows) // self.num_batches
+        parts = [slice(number * step, (number + 1) * step) for number in range(self.num_batches)]
+        return [Sample(rows[part], generations[part], masses[part], total_mass, num_items) for part in parts]
 
 
 def decode_batch(frame: bytes) -> Batch:
     """Unpack; raises InvalidInput."""
-    _, count, epoch, num_items, total_mass, batch_size = _unpack(_BATCH, frame)
-    start, step = _BATCH.size, 8 * count
-    _check_length(frame, start + 3 * step)
-    sample = Sample(
-        _array(frame, start, count, np.int64),
-        _array(frame, start + step, count, np.int64),
-        _array(frame, start + 2 * step, count, np.float64),
-        total_mass,
-        num_items,
-    )
-    return Batch(epoch, batch_size, sample)
+    _, count, epoch, num_items, total_mass, batch_size, num_batches = _unpack(_BATCH, frame)
+    _check_length(frame, _BATCH.size + 24 * count)
+    if not num_batches or count % num_batches:
+        raise InvalidInput(f"message has {count} rows for {num_batches} batches")
+    numbers = np.frombuffer(frame, np.int64, -1, _BATCH.size)
+    masses = numbers[2 * count :].view(np.float64)
+    sample = Sample(numbers[:count], numbers[count : 2 * count], masses, total_mass, num_items)
+    return Batch(epoch, batch_size, sample, num_batches)
 
 
 def encode_refusal(epoch: int, reason: str) -> bytes:

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from rl_buffer.batches import Batch, ReplayBatch, SequenceBatch, leaf_views
-from rl_buffer.row_copies import gather_rows
+from rl_buffer.row_copies import NO_WORDS, gather_rows
 from rl_buffer.spec import RowLayout
 from rl_buffer.tables import ReplayTable
 
@@ -57,15 +57,18 @@ class Gatherer:
         self._hidden = hidden
         self._rows = rows
         self._device = device
+        self._leaves_cpu = device.type != "cpu"  # asking the device each time costs 0.4 us
         self._contiguous = contiguous
         self._blocks: _Blocks | _PinnedBlocks | None = None
         if rows.device.type == "cpu":
             self._blocks = _PinnedBlocks(rows, device) if device.type == "cuda" else _Blocks(rows, table.layout, hidden)
         self._gathered = _NOTHING
 
-    def gather(self, indices: NDArray[np.int64]) -> None:
-        """Copy rows ([B] int64) into the block that `hand_out` will give away."""
-        if self._blocks is not None:
+    def gather(self, indices: NDArray[np.int64], asked: NDArray[np.int64] = NO_WORDS) -> None:
+        """Copy rows ([B] int64) into the block that `hand_out` will give away; `asked` as in `gather_rows`."""
+        if isinstance(self._blocks, _Blocks):
+            self._blocks.gather(indices, asked)
+        elif self._blocks is not None:
             self._blocks.gather(indices)
         else:
             self._gathered = self._rows.index_select(0, torch.from_numpy(indices).to(self._rows.device))
@@ -95,14 +98,14 @@ class Gatherer:
         leaves: dict[str, Any]
         if isinstance(self._blocks, _Blocks):
             leaves = self._blocks.hand_out()
-            if self._device.type != "cpu":
+            if self._leaves_cpu:
                 leaves = {path: leaf.to(self._device) for path, leaf in leaves.items()}
         else:
             rows = self._gathered.to(self._device) if self._blocks is None else self._blocks.hand_out()
             leaves = leaf_views(self._layout, rows, self._hidden)
         if self._contiguous:
             leaves = {path: leaf.contiguous() for path, leaf in leaves.items()}
-        if drawn and self._device.type != "cpu":
+        if drawn and self._leaves_cpu:
             drawn["weights"] = torch.from_numpy(drawn["weights"]).to(self._device, non_blocking=True)
         return self._kind.of(leaves, drawn)
 
@@ -119,12 +122,12 @@ class _Blocks:
         self._blocks: list[_Block] = []
         self._filled: _Block | None = None
 
-    def gather(self, indices: NDArray[np.int64]) -> None:
+    def gather(self, indices: NDArray[np.int64], asked: NDArray[np.int64]) -> None:
         """Copy the rows into a block that nobody looks at."""
         block = self._idle_block(len(indices))
         self._filled = block
         if self._row_words < _LONG_ROW_WORDS:
-            gather_rows(self._words, indices, block.words)
+            gather_rows(self._words, indices, block.words, asked)
         else:  # torch divides the copy among its threads
             torch.index_select(self._rows, 0, torch.from_numpy(indices.copy()), out=block.rows)
 

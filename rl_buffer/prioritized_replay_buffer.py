@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from rl_buffer.batch_draws import NO_WORDS
-from rl_buffer.batches import Batch, as_td_errors
+from rl_buffer.batches import Batch, as_td_errors, drawn_rows
 from rl_buffer.errors import InvalidInput
 from rl_buffer.importance import require_beta
 from rl_buffer.inputs import as_numpy
 from rl_buffer.replay_buffer import ReplayBuffer
+from rl_buffer.row_copies import NO_WORDS
 from rl_buffer.samplers import Prioritized
 
 _REMEMBERED_DRAWS = 16
@@ -77,8 +77,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         beta = require_beta(self.beta if beta is None else beta)
         self._require_items(batch_size)
         copied = self._gatherer.source_and_target(batch_size)
-        drawn, weights = self._state.draw_batch(batch_size, beta, *(copied or (NO_WORDS, NO_WORDS)))
-        rows, generations = drawn
+        rows, generations, weights = self._state.draw_batch(batch_size, beta, *(copied or (NO_WORDS, NO_WORDS)))
         if copied is None:
             self._gatherer.gather(rows)
         self._drawn.appendleft((rows, generations))
@@ -101,8 +100,9 @@ class PrioritizedReplayBuffer(ReplayBuffer):
             InvalidInput: wrong shape, NaN or infinity, or an index out of range. Nothing has changed.
         """
         self.flush()
-        if getattr(batch, "generations", None) is not None:
-            rows, generations = batch.indices.numpy(), batch.generations.numpy()
+        drawn = drawn_rows(batch)
+        if drawn is not None:
+            rows, generations = drawn
         else:
             rows = as_numpy(batch)
             if rows.ndim != 1 or rows.dtype.kind not in "iu":
@@ -119,7 +119,7 @@ class PrioritizedReplayBuffer(ReplayBuffer):
         self._drawn.clear()
 
     def _generations_when_drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        for drawn_rows, generations in self._drawn:
-            if np.array_equal(drawn_rows, rows):
+        for drawn, generations in self._drawn:
+            if np.array_equal(drawn, rows):
                 return generations
         return self._state.generations[rows]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.allocator import RowAllocator, Rows
-from rl_buffer.batch_draws import draw_batch
+from rl_buffer.batch_draws import draw_batch, draw_samples
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
 from rl_buffer.rate_limiters import RateLimiter
@@ -112,17 +112,27 @@ class ReplayTableState:
         """Take back reserved rows that will never be committed, half-written or not."""
         self.allocator.release(rows)
 
-    def draw(self, batch_size: int, num_spares: int) -> Sample:
-        """Draw with replacement and charge the limiter for `batch_size` samples."""
-        draws = self._sampler.draw(batch_size, self._rng, num_spares=num_spares)
-        self.limiter.sampled(batch_size)
-        return Sample(
-            draws.rows, self.generations.take(draws.rows), draws.masses, draws.total, self.allocator.num_committed
-        )
+    def draw(self, batch_size: int, num_spares: int, num_batches: int = 1) -> Sample:
+        """Draw batches with replacement, and charge the limiter for `num_batches` times `batch_size` samples.
+
+        In the sample each batch is followed by its spares.
+        """
+        sampler, num_draws = self._sampler, num_batches * (batch_size + num_spares)
+        require_drawable(batch_size, sampler.num_items)
+        if isinstance(sampler, PrioritizedSampler):
+            total = sampler.tree.total
+            rows, generations, masses = draw_samples(
+                sampler.tree, self._rng.random(num_draws), num_batches, batch_size, self.generations
+            )
+        else:
+            rows, masses, total = sampler.draw(num_draws, self._rng)
+            generations = self.generations.take(rows)
+        self.limiter.sampled(num_batches * batch_size)
+        return Sample(rows, generations, masses, total, self.allocator.num_committed)
 
     def draw_batch(
         self, batch_size: int, beta: float, source: NDArray[np.int64], target: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
         """`draw` without spares from a prioritized table, weights and a copy of the rows, at once.
 
         Args:
@@ -132,8 +142,7 @@ class ReplayTableState:
             target: words of N rows, flat; empty if they are not to be copied.
 
         Returns:
-            Rows and their generations, [2, N] int64, and weights [N], the same that `draw` and `importance_weights`
-            give.
+            Rows [N], their generations [N] and weights [N], the same that `draw` and `importance_weights` give.
         """
         sampler = self._sampler
         assert isinstance(sampler, PrioritizedSampler)

@@ -185,7 +185,7 @@ class RolloutReader(ChannelUser):
         """Whether `wanted` fragments are here by the deadline."""
         if self._closed:
             raise Closed("this reader was closed")
-        self._channel.connection.check_server()
+        self._channel.check_server()
         missing = wanted - len(self._received) - self._outstanding
         if missing > 0:
             self._send(missing, np.empty((0, 2), np.int64))

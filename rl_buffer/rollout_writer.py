@@ -106,7 +106,7 @@ class RolloutWriter(ChannelUser):
         self._check()
         if self._row is not None:
             return
-        self._channel.connection.check_server()
+        self._channel.check_server()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
         if not (self._outbox.send_again(deadline_s) and self._outbox.reserve(1, deadline_s)):

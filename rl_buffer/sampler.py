@@ -2,11 +2,14 @@
 
     credits ->  SERVER draws row numbers  -> Batch -> gather rows -> look at generations again -> weights
        ^                                                                                            |
-       +--- new priorities go with the next credit <------------------------------ learner's update +
+       +--- new priorities go with the next credits <----------------------------- learner's update +
 
 The server keeps up to `prefetch` index sets in flight, so that `sample` seldom waits for a round trip; the rows are
 gathered when the batch is handed out. A gather of 256 rows of 192 B takes 20 us and needs no thread of its own,
 which would take the interpreter lock from the learner; on a GPU the copy overlaps with the step that is queued.
+
+A message costs its sender, two threads of zmq and the server as much as the gather, so one message asks for half of the
+prefetched batches, and the priorities of as many go with it. They wait no longer than the learner works on those.
 
 Of a table whose items leave with their last use, a batch is this sampler's alone until it is gathered. That is said at
 once, with leave to send the next one. A learner that dies before gives its items back.
@@ -16,6 +19,7 @@ for them then go to the next server, which drops and counts those of rows that i
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,18 +28,30 @@ import torch
 from numpy.typing import NDArray
 
 from rl_buffer import frames, messages
-from rl_buffer.batches import Batch, as_td_errors
+from rl_buffer.batches import Batch, as_td_errors, drawn_rows
 from rl_buffer.connection import Channel, ChannelUser
 from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefused
 from rl_buffer.failpoints import reached
 from rl_buffer.frames import Credit
 from rl_buffer.gather import Gatherer
 from rl_buffer.importance import importance_weights, require_beta
-from rl_buffer.samplers import Prioritized, require_masses
+from rl_buffer.row_copies import are_equal
+from rl_buffer.samplers import Prioritized
 from rl_buffer.tables import ReplayTable, Sample
 
-_NO_ROWS = np.empty(0, np.int64)
-_NO_ERRORS = np.empty(0, np.float64)
+_MOST_ROWS_KEPT = 4096  # of which new priorities wait to be sent
+
+# Rows, their generations when they were drawn, and TD errors; [N] each.
+_Update = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]
+
+
+def _joined(updates: list[_Update]) -> _Update:
+    if len(updates) == 1:
+        return updates[0]
+    if not updates:
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0)
+    rows, generations, errors = zip(*updates, strict=True)
+    return np.concatenate(rows), np.concatenate(generations), np.concatenate(errors)
 
 
 class ReplaySampler(ChannelUser):
@@ -72,6 +88,8 @@ class ReplaySampler(ChannelUser):
         self._prefetch = prefetch
         self._device = torch.device(device)
         self._contiguous = contiguous
+        self._updates: list[_Update] = []  # that were not sent yet
+        self._num_updated = 0  # rows of these
         # First: if the device is not there, the server has not heard of this sampler.
         torch.empty(0, device=device)
         self._open(channel)
@@ -84,7 +102,8 @@ class ReplaySampler(ChannelUser):
         self._gatherer = Gatherer(self._table, block, self._device, contiguous=self._contiguous)
         self._generations = generations.array("int64")
         self._channel = channel
-        self._outstanding = 0  # batches that the server has leave to send
+        self._outstanding = 0  # batches that the server has leave to send, or has sent
+        self._ready: deque[Sample] = deque()  # of these, that are here
         self._overtaken_unreported = 0
         self._ask(self._prefetch)
 
@@ -104,22 +123,16 @@ class ReplaySampler(ChannelUser):
         """
         if self._closed:
             raise Closed("this sampler was closed")
-        self._channel.connection.check_server()
+        self._channel.check_server()
         beta = self.beta if beta is None else require_beta(beta)
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
-        self._ask(max(1, self._prefetch) - self._outstanding)
+        self._ask_in_time()
         while True:
-            try:
-                frame = self._channel.receive(max(0.0, deadline_s - time.monotonic()))
-            except RequestRefused:
-                self._outstanding -= 1  # a credit went with what was refused
-                raise
-            if frame is None:
-                raise DeadlineExceeded(f"sample from table {self._name!r} waited {timeout_s} s: {self._explain()}")
+            if not self._ready:
+                self._receive(deadline_s, timeout_s)
+            sample = self._ready.popleft()
             self._outstanding -= 1
-            sample = frames.decode_batch(frame).sample
-            reached("sampler.received")
             kept = self._gather(sample)
             if kept is not None:
                 reached("sampler.gathered")
@@ -129,6 +142,21 @@ class ReplaySampler(ChannelUser):
             # Every single row was overwritten meanwhile: the batch is worth nothing, the next one is newer.
             self._ask(1)
 
+    def _receive(self, deadline_s: float, timeout_s: float) -> None:
+        """Wait for at least one batch."""
+        try:
+            frame = self._channel.receive(0.0)
+            if frame is None:  # nothing that the server could work on is kept back while we wait
+                self._ask(max(1, self._prefetch) - self._outstanding)
+                frame = self._channel.receive(max(0.0, deadline_s - time.monotonic()))
+        except RequestRefused:
+            self._outstanding = 0  # the credits that went with what was refused are lost, and who knows how many
+            raise
+        if frame is None:
+            raise DeadlineExceeded(f"sample from table {self._name!r} waited {timeout_s} s: {self._explain()}")
+        self._ready.extend(frames.decode_batch(frame).samples())
+        reached("sampler.received")
+
     def __iter__(self) -> Iterator[Batch]:
         """Batches without end."""
         while True:
@@ -137,30 +165,65 @@ class ReplaySampler(ChannelUser):
     def update_priorities(self, batch: Batch, td_errors: "torch.Tensor | NDArray[np.floating]") -> None:
         """Set priorities from TD errors, signed or not; of rows overwritten meanwhile they are dropped and counted.
 
+        They are sent when the next batches are asked for: at the latest when half of the prefetched ones are used up,
+        `sample` has to wait, or the sampler is closed. With prefetch=0, and for batches of thousands, at once.
+
         Args:
             batch: from this sampler.
             td_errors: (B,) or (B, 1), of sequences also (B, T); on any device; may require grad.
 
         Raises:
-            InvalidInput: wrong shape, NaN or infinity, or a table without priorities. Nothing was sent.
-            ServerLost: the server ended. Nothing was sent.
+            InvalidInput: wrong shape, NaN or infinity, or a table without priorities. Nothing will be sent.
+            ServerLost: the server ended. What was not sent goes to the next one.
         """
         if self._closed:
             raise Closed("this sampler was closed")
-        if batch.indices is None or batch.generations is None:
+        drawn = drawn_rows(batch)
+        if drawn is None:
             raise InvalidInput(f"table {self._name!r} is sampled uniformly and has no priorities to update")
-        errors = as_td_errors(self._table, batch, len(batch.indices), td_errors)
-        # Here and not by a refusal, with which it would not be known whether a credit was lost.
-        require_masses(self._table.sampler, errors)
-        wanted = max(0, self._prefetch - self._outstanding)
-        self._send_credit(wanted, batch.indices.numpy(), batch.generations.numpy(), errors)
+        # Checked here and not by a refusal, with which it would not be known how many credits were lost.
+        errors = as_td_errors(self._table, batch, len(drawn[0]), td_errors)
+        self._updates.append((*drawn, errors))
+        self._num_updated += len(errors)
+        if self._prefetch == 0 or self._num_updated >= _MOST_ROWS_KEPT:
+            self._send_credit(max(0, self._prefetch - self._outstanding))
+        else:
+            self._ask_in_time()
         reached("sampler.updated")
 
-    def _ask(self, num_credits: int) -> None:
-        if num_credits > 0:
-            self._send_credit(num_credits, _NO_ROWS, _NO_ROWS, _NO_ERRORS)
+    def flush(self) -> None:
+        """Send the priorities that wait for the next message; a learner that pauses may want it.
 
-    def _send_credit(
+        Raises:
+            ServerLost: the server ended.
+        """
+        if self._updates and not self._closed:
+            self._send_credit(max(0, self._prefetch - self._outstanding))
+
+    def close(self) -> None:
+        """See `ChannelUser.close`; priorities that were not sent yet are sent first."""
+        try:
+            self.flush()
+        finally:
+            super().close()
+
+    def _ask_in_time(self) -> None:
+        """Ask for batches, unless half of those that are prefetched are still to come: then a later message does it."""
+        wanted = max(1, self._prefetch) - self._outstanding
+        if wanted >= max(1, self._prefetch // 2):
+            self._ask(wanted)
+
+    def _ask(self, num_credits: int) -> None:
+        if num_credits > 0 or self._updates:
+            self._send_credit(max(0, num_credits))
+
+    def _send_credit(self, num_credits: int) -> None:
+        """With all new priorities."""
+        rows, generations, errors = _joined(self._updates)
+        self._send(num_credits, rows, generations, errors)
+        self._updates, self._num_updated = [], 0
+
+    def _send(
         self,
         num_credits: int,
         rows: NDArray[np.int64],
@@ -178,19 +241,20 @@ class ReplaySampler(ChannelUser):
     def _release(self, sample: Sample) -> None:
         """Say that these rows are copied, and ask for another batch."""
         wanted = max(0, self._prefetch - self._outstanding)
-        self._send_credit(wanted, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
+        self._send(wanted, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
         reached("consumer.released")
 
-    def _gather(self, sample: Sample) -> NDArray[np.int64] | None:
+    def _gather(self, sample: Sample) -> "NDArray[np.int64] | slice | None":
         """Copy the batch's rows; return which draws it was made of, or None if no draw survived."""
         batch_size = self.batch_size
-        self._gatherer.gather(sample.rows[:batch_size])
+        rows = sample.rows[:batch_size]
+        self._gatherer.gather(rows, self._generations)
         reached("sampler.half_gathered")
         # A look in a call of its own, after the copy: x86-64 keeps loads in order, and the server bumps a row's
         # generation before it lets a writer at it. Equal generations therefore mean an untouched copy.
+        if are_equal(self._generations, rows, sample.generations[:batch_size]):
+            return slice(batch_size)
         intact = self._generations[sample.rows] == sample.generations
-        if intact[:batch_size].all():
-            return np.arange(batch_size)
         overtaken = np.flatnonzero(~intact[:batch_size])
         self.num_overtaken += len(overtaken)
         self._overtaken_unreported += len(overtaken)
@@ -213,13 +277,13 @@ class ReplaySampler(ChannelUser):
             substitutes = substitutes[~np.isin(substitutes, chosen[is_overtaken])]
         return None
 
-    def _hand_out(self, sample: Sample, kept: NDArray[np.int64], beta: float) -> Batch:
+    def _hand_out(self, sample: Sample, kept: "NDArray[np.int64] | slice", beta: float) -> Batch:
         if not self._prioritized:
             return self._gatherer.hand_out({})
         weights = importance_weights(sample.masses[kept], beta)
         drawn: dict[str, NDArray[Any]] = {
             "weights": weights,
-            "indices": sample.rows[kept],
-            "generations": sample.generations[kept],
+            "indices": np.array(sample.rows[kept]),
+            "generations": np.array(sample.generations[kept]),
         }
         return self._gatherer.hand_out(drawn)

@@ -216,7 +216,7 @@ class PrioritizedSampler:
 
     def check_insertable(self, td_errors: NDArray[np.float64]) -> None:
         """See `Sampler.check_insertable`."""
-        self._masses(np.where(np.isnan(td_errors), 0.0, td_errors))
+        require_masses(self._config, np.where(np.isnan(td_errors), 0.0, td_errors))
 
     def remove(self, rows: NDArray[np.int64]) -> None:
         """See `Sampler.remove`."""

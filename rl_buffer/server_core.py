@@ -36,7 +36,7 @@ from rl_buffer.ledger import Ledger
 from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.parameter_slots import ParameterSlots
 from rl_buffer.peers import UNKNOWN_PROCESS, Process
-from rl_buffer.rate_limiters import LimiterConfig, check_sample_possible
+from rl_buffer.rate_limiters import LimiterConfig, RateLimiter, check_sample_possible
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_info import counters, describe_session, describe_table
@@ -58,6 +58,7 @@ from rl_buffer.wait_facts import describe_waits
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
 MAX_CREDITS = 64
+MOST_DRAWS = 1 << 12  # in one message of several batches: 100 KB
 MAX_KNOWN_WRITERS = 1 << 16  # that may come back; the one that is longest gone is forgotten first
 WRITER_ID_NBYTES = 16
 _POLICY = "policy"  # the parameters whose version replay writers report
@@ -535,10 +536,11 @@ class ServerCore:
         sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
         if sampler is None or not len(state) or not state.limiter.can_sample(sampler.batch_size):
             return False
-        sample = state.draw(sampler.batch_size, sampler.num_spares)
+        num_batches = _num_batches(table, sampler, state.limiter)
+        sample = state.draw(sampler.batch_size, sampler.num_spares, num_batches)
         self._ledger.sampled(table.name, state.limiter.num_samples)
         reached("server.drawn")
-        self._granted(table, sampler, sample, outgoing)
+        self._granted(table, sampler, sample, outgoing, num_batches)
         return True
 
     def _grant_items(self, table: ServedTable, outgoing: Outgoing) -> bool:
@@ -555,16 +557,21 @@ class ServerCore:
         self._granted(table, sampler, sample, outgoing)
         return True
 
-    def _granted(self, table: ServedTable, sampler: SamplerChannel, sample: Sample, outgoing: Outgoing) -> None:
-        rows, generations = sample.rows[: sampler.batch_size], sample.generations[: sampler.batch_size]
+    def _granted(
+        self, table: ServedTable, sampler: SamplerChannel, sample: Sample, outgoing: Outgoing, num_batches: int = 1
+    ) -> None:
+        batch_size = sampler.batch_size
+        rows, generations = (
+            array.reshape(num_batches, -1)[:, :batch_size].ravel() for array in (sample.rows, sample.generations)
+        )
         newest_version, num_inserts = self._version(_POLICY), table.replay.limiter.num_inserts
         table.diagnostics.watch.drawn(rows, generations, num_inserts, self._now_s, newest_version)
-        sampler.num_credits -= 1
-        sampler.session.num_samples += sampler.batch_size
+        sampler.num_credits -= num_batches
+        sampler.session.num_samples += num_batches * batch_size
         sampler.waiting_since_s = table.last_sample_s = self._now_s
         table.samplers.remove(sampler)
         table.samplers.append(sampler)
-        outgoing.append((sampler.channel_id, Batch(self.epoch, sampler.batch_size, sample).encode()))
+        outgoing.append((sampler.channel_id, Batch(self.epoch, batch_size, sample, num_batches).encode()))
 
     def _grant_fragments(self, table: ServedTable, outgoing: Outgoing) -> bool:
         reader = next((reader for reader in table.readers if reader.num_credits), None)
@@ -740,6 +747,17 @@ class ServerCore:
                 "is what the server's limit of open descriptors (RLIMIT_NOFILE) allows; close some, or raise it "
                 "(ulimit -n) before the server starts"
             )
+
+
+def _num_batches(table: ServedTable, sampler: SamplerChannel, limiter: RateLimiter) -> int:
+    """How many batches can be drawn at once: as many as would be drawn one after the other, with nothing between."""
+    if table.pending or sum(other.num_credits > 0 for other in table.samplers) > 1:
+        return 1
+    most = min(sampler.num_credits, MOST_DRAWS // (sampler.batch_size + sampler.num_spares))
+    num_batches = 1
+    while num_batches < most and limiter.can_sample((num_batches + 1) * sampler.batch_size):
+        num_batches += 1
+    return num_batches
 
 
 def _num_inserts(state: TableState) -> int:

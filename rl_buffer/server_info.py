@@ -58,6 +58,7 @@ def _describe_replay(table: ServedTable, state: ReplayTableState | ConsumedTable
         "samples": state.limiter.num_samples,
         "deletes": state.limiter.num_deletes,
         "reserved_rows": state.num_reserved,
+        "updates": table.diagnostics.num_updates,
         "stale_updates": state.num_stale_updates,
         "overtaken_rows": table.num_overtaken,
         "limiter": state.limiter.describe(),

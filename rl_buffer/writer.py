@@ -117,7 +117,7 @@ class ReplayWriter(ReplayInput, ChannelUser):
     def _finish(self, timeout_s: float | None, *, close: bool) -> None:
         if self._closed:
             raise Closed("this writer was closed")
-        self._channel.connection.check_server()
+        self._channel.check_server()
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         deadline_s = time.monotonic() + timeout_s
         if not (self._emit(deadline_s, close=close) and self._outbox.settle(deadline_s)):

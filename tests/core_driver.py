@@ -101,10 +101,13 @@ class Client:
         return events
 
     def commit(self, channel=1, num_rows=1, num_wanted=None, **changes):
+        return decoded(self.commit_frames(num_rows, channel, num_wanted, **changes))
+
+    def commit_frames(self, num_rows, channel=1, num_wanted=None, **changes):
         self.sequences[channel] += 1
         wanted = num_rows if num_wanted is None else num_wanted
         commit = Commit(EPOCH, num_rows, self.sequences[channel], 0, wanted, None, [])
-        return decoded(self.core.handle(self.id(channel), commit._replace(**changes).encode(), 0.0))
+        return self.core.handle(self.id(channel), commit._replace(**changes).encode(), 0.0)
 
     def open_reader(self, channel=1, table="rollout"):
         reply, events = self.ask(messages.OpenReader(channel, table))
@@ -125,15 +128,24 @@ class Client:
         credit = Credit(EPOCH, num_credits, 0, ints(*rows), ints(*generations), floats(*td_errors))
         return decoded(self.core.handle(self.id(channel), credit._replace(**changes).encode(), 0.0))
 
+    def credit_frames(self, num_credits, channel=2):
+        credit = Credit(EPOCH, num_credits, 0, ints(), ints(), floats())
+        return self.core.handle(self.id(channel), credit.encode(), 0.0)
+
 
 def decoded(outgoing):
+    """(receiver, what it is told), of a message with several batches one after the other."""
     decoders = {
-        frames.GRANT: frames.decode_grant,
-        frames.BATCH: frames.decode_batch,
-        frames.REFUSAL: lambda frame: frames.decode_refusal(frame)[1],
-        frames.CONTROL: messages.decode_control_reply,
+        frames.GRANT: lambda frame: [frames.decode_grant(frame)],
+        frames.BATCH: lambda frame: single_batches(frames.decode_batch(frame)),
+        frames.REFUSAL: lambda frame: [frames.decode_refusal(frame)[1]],
+        frames.CONTROL: lambda frame: [messages.decode_control_reply(frame)],
     }
-    return [(receiver, decoders[frames.kind_of(frame)](frame)) for receiver, frame in outgoing]
+    return [(receiver, event) for receiver, frame in outgoing for event in decoders[frames.kind_of(frame)](frame)]
+
+
+def single_batches(batch):
+    return [batch._replace(sample=sample, num_batches=1) for sample in batch.samples()]
 
 
 def reason(events):

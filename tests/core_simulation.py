@@ -219,12 +219,14 @@ def sampler(process):
     batch_size, prefetch = world.random.randint(1, 3), world.random.randint(1, 3)
     yield from process.ask(messages.OpenSampler(process.channel, "replay", batch_size))
     num_outstanding = num_overtaken = 0
-    update = ints(), ints(), floats()
+    ready, update = deque(), (ints(), ints(), floats())
     while True:
         num_wanted = max(0, prefetch - num_outstanding)
         process.send(Credit(EPOCH, num_wanted, num_overtaken, *update).encode())
         num_outstanding += num_wanted
-        sample = frames.decode_batch((yield from process.receive(frames.BATCH))).sample
+        if not ready:
+            ready += frames.decode_batch((yield from process.receive(frames.BATCH))).samples()
+        sample = ready.popleft()
         num_outstanding -= 1
         copies = yield from process.copy("replay", sample.rows)
         is_intact = world.replay.generations[sample.rows] == sample.generations

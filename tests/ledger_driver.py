@@ -295,11 +295,11 @@ class Play:
                     writer.acknowledged = grant.acknowledged
                     self.acknowledged(writer)
             elif kind == frames.BATCH:
-                sample = frames.decode_batch(frame).sample
+                batch = frames.decode_batch(frame)
                 if receiver == self.id(LEARNER, 1):
-                    self.samples = [*self.samples[-2:], sample]
+                    self.samples = [*self.samples, *batch.samples()][-3:]
                 else:
-                    self.world.fragments += sample.rows.tolist()
+                    self.world.fragments += batch.sample.rows.tolist()
             else:
                 assert kind == frames.CONTROL, frames.decode_refusal(frame)
                 reply = messages.decode_control_reply(frame).reply

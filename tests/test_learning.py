@@ -8,8 +8,7 @@ import torch
 from test_samplers import CRITICAL_99, TD_ERRORS, chi_square_statistic
 
 import rl_buffer as rb
-from rl_buffer.batch_draws import NO_WORDS
-from rl_buffer.row_copies import gather_rows
+from rl_buffer.row_copies import NO_WORDS, gather_rows
 
 pytestmark = pytest.mark.timeout(60)
 torch.set_num_threads(1)
@@ -175,11 +174,10 @@ def test_the_frequency_test_rejects_wrong_rows(monkeypatch, wrong, batch_size):
     draw_batch = state.draw_batch
 
     def draw_wrong_batch(batch_size, beta, source, target):
-        drawn, weights = draw_batch(batch_size, beta, NO_WORDS, NO_WORDS)
-        drawn[0] = wrong(drawn[0])
-        drawn[1] = state.generations[drawn[0]]
-        gather_rows(source, drawn[0], target)
-        return drawn, weights
+        rows, _, weights = draw_batch(batch_size, beta, NO_WORDS, NO_WORDS)
+        rows = wrong(rows)
+        gather_rows(source, rows, target)
+        return rows, state.generations[rows], weights
 
     monkeypatch.setattr(state, "draw_batch", draw_wrong_batch)
     assert statistic(buffer, batch_size) > CRITICAL_99

@@ -72,13 +72,30 @@ def test_a_credit_arrives_as_it_was_sent(data, n, epoch, num_credits, num_overta
     assert same(credit, frames.decode_credit(credit.encode()))
 
 
-@given(st.data(), st.integers(0, 5), u64, u32, floats64, st.integers(0, 2**63 - 1))
+@given(st.data(), st.integers(0, 5), st.integers(1, 4), u64, u32, floats64, st.integers(0, 2**63 - 1))
 @settings(derandomize=True)
-def test_a_batch_arrives_as_it_was_sent(data, n, epoch, batch_size, total, num_items):
-    rows, generations = (data.draw(arrays(n, int64s, np.int64)) for _ in range(2))
-    sample = Sample(rows, generations, data.draw(arrays(n, floats64, np.float64)), total, num_items)
-    batch = Batch(epoch, batch_size, sample)
-    assert same(batch, frames.decode_batch(batch.encode()))
+def test_batches_arrive_as_they_were_sent(data, n, num_batches, epoch, batch_size, total, num_items):
+    def numbers(numbers, dtype):
+        return data.draw(arrays(n * num_batches, numbers, dtype))
+
+    sample = Sample(
+        numbers(int64s, np.int64), numbers(int64s, np.int64), numbers(floats64, np.float64), total, num_items
+    )
+    batch = Batch(epoch, batch_size, sample, num_batches)
+    arrived = frames.decode_batch(batch.encode())
+    assert same(batch, arrived)
+    for column in range(3):
+        parts = [single[column] for single in arrived.samples()]
+        assert [len(part) for part in parts] == [n] * num_batches
+        assert np.array_equal(np.concatenate(parts), sample[column], equal_nan=True)
+
+
+@pytest.mark.parametrize(("num_rows", "num_batches"), [(3, 0), (3, 2), (0, 0)])
+def test_batches_that_are_not_equally_long_are_refused(num_rows, num_batches):
+    rows = np.arange(num_rows)
+    frame = Batch(0, 1, Sample(rows, rows, np.ones(num_rows), 1.0, 1), num_batches).encode()
+    with pytest.raises(InvalidInput, match=f"message has {num_rows} rows for {num_batches} batches"):
+        frames.decode_batch(frame)
 
 
 @given(u64, st.text(max_size=20))

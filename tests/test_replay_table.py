@@ -90,6 +90,18 @@ def test_every_committed_row_can_be_drawn_and_no_other(sampler):
     assert table.limiter.num_samples == 500
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_batches_that_are_drawn_at_once_are_those_that_would_be_drawn_one_after_the_other(sampler):
+    at_once, singly = (make_table(sampler, capacity=30, headroom=30) for _ in range(2))
+    for table in (at_once, singly):
+        table.commit(table.allocator.reserve(30), np.arange(1.0, 31.0))
+    sample, singles = at_once.draw(16, 5, num_batches=3), [singly.draw(16, 5) for _ in range(3)]
+    for column in ("rows", "generations", "masses"):
+        assert getattr(sample, column).tolist() == np.concatenate([getattr(s, column) for s in singles]).tolist()
+    assert (sample.total_mass, sample.num_items) == singles[0][3:]
+    assert at_once.limiter.num_samples == singly.limiter.num_samples == 48
+
+
 def test_a_generation_is_odd_while_its_row_is_committed_and_never_comes_back():
     table = make_table(capacity=2, headroom=2)
     seen = []

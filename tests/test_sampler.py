@@ -30,6 +30,9 @@ def server():
         "uniform": rb.ReplayTable(PLAIN_SPEC, capacity=8, headroom=1024, gamma=GAMMA, seed=0),
         "prioritized": rb.ReplayTable(PLAIN_SPEC, capacity=8, headroom=1024, gamma=GAMMA, sampler=PRIORITIES, seed=0),
         "minimum": rb.ReplayTable(PLAIN_SPEC, capacity=8, headroom=1024, rate_limiter=rb.MinSize(4)),
+        "limited": rb.ReplayTable(
+            PLAIN_SPEC, 8, PRIORITIES, rate_limiter=rb.SampleToInsertRatio(1.0, 8, (0.0, 16.0)), headroom=64
+        ),
         "replay": rb.ReplayTable(NUMBERED_SPEC, capacity=64, headroom=64, sampler=PRIORITIES, seed=0),
     }
     with rb.BufferServer(tables) as server:
@@ -130,6 +133,35 @@ def test_updates_of_evicted_rows_are_dropped_and_counted(client):
         counts = torch.bincount(sampler.sample().actions, minlength=104)
         assert counts[4:8].sum() == 16, "only the rows that are still there became 100 times as likely"
         assert table_info(client, "prioritized")["stale_updates"] == before + num_evicted
+
+
+def test_new_priorities_travel_with_the_credits_for_half_of_the_prefetched_batches(client, eventually):
+    add(client, "prioritized", np.arange(8), np.ones(8))
+
+    def num_updates():
+        return table_info(client, "prioritized")["updates"] - before
+
+    before = table_info(client, "prioritized")["updates"]
+    with client.sampler("prioritized", batch_size=16, prefetch=6) as sampler:
+        for number in range(1, 10):
+            sampler.update_priorities(sampler.sample(), torch.full((16,), 1.0 + number))
+            eventually(lambda expected=16 * 3 * (number // 3): num_updates() == expected)
+        sampler.update_priorities(sampler.sample(), torch.ones(16))
+        sampler.flush()
+        eventually(lambda: num_updates() == 160)
+        sampler.update_priorities(sampler.sample(), torch.ones(16))
+    assert num_updates() == 176, "closing sends the rest"
+
+
+def test_priorities_do_not_wait_while_the_learner_does(client, eventually):
+    add(client, "limited", np.arange(8))
+    before = table_info(client, "limited")["updates"]
+    with client.sampler("limited", batch_size=8, prefetch=4, timeout_s=0.2) as sampler:
+        sampler.update_priorities(sampler.sample(), torch.ones(8))
+        assert table_info(client, "limited")["updates"] == before, "they go with the next message"
+        with pytest.raises(rb.DeadlineExceeded):
+            sampler.sample()
+        assert table_info(client, "limited")["updates"] == before + 8
 
 
 def test_the_last_update_before_close_counts(client):
@@ -276,8 +308,8 @@ def test_only_overtaken_rows_are_copied_again_and_the_batch_is_that_of_their_sub
         gatherer, replaced = sampler._gatherer, []
         gather, replace = gatherer.gather, gatherer.replace
 
-        def overtake(rows):
-            gather(rows)
+        def overtake(rows, asked):
+            gather(rows, asked)
             generations[rows[3]] += 1  # while it was copied; what was drawn twice is overtaken twice
 
         def note(places, rows):

@@ -27,7 +27,13 @@ from rl_buffer.frames import Batch, Commit
 from rl_buffer.messages import Envelope
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
-from rl_buffer.server_core import MAX_CHANNELS_PER_SESSION, MAX_CREDITS, MAX_REASON_LENGTH, MAX_SESSIONS
+from rl_buffer.server_core import (
+    MAX_CHANNELS_PER_SESSION,
+    MAX_CREDITS,
+    MAX_REASON_LENGTH,
+    MAX_SESSIONS,
+    MOST_DRAWS,
+)
 from rl_buffer.stats_tracker import Episode
 
 
@@ -393,6 +399,41 @@ def test_a_sampler_without_credits_gets_nothing():
     client.commit()
     assert batches(client.credit(channel=2, num_credits=0)) == []
     assert len(batches(client.credit(channel=2, num_credits=MAX_CREDITS))) == MAX_CREDITS
+
+
+def batch_counts(outgoing):
+    """How many batches there are in each message that has some."""
+    found = [frames.decode_batch(frame) for _, frame in outgoing if frames.kind_of(frame) == frames.BATCH]
+    assert all(len(batch.sample.rows) <= max(MOST_DRAWS, 2 * batch.batch_size) for batch in found)
+    return [batch.num_batches for batch in found]
+
+
+def test_batches_of_one_moment_come_in_one_message_unless_somebody_else_waits_between_them():
+    limiter = SampleToInsertRatio(4.0, 4, (16.0, 48.0))
+    core = make_core(replay={"capacity": 8, "headroom": 64, "rate_limiter": limiter})
+    learner, other = Client(core, 0), Client(core, 1)
+    learner.open_writer(channel=1, max_commit_rows=4, num_wanted=32)
+    learner.open_sampler(channel=2, batch_size=4)
+    learner.commit(num_rows=4)
+    learner.commit(num_rows=4)
+    assert batch_counts(learner.credit_frames(4)) == [4]
+    assert batch_counts(learner.credit_frames(2)) == [], "the limiter holds these back"
+    other.open_sampler(channel=2, batch_size=4)
+    assert batch_counts(other.credit_frames(3)) == []
+    assert batch_counts(learner.commit_frames(4)) == [1, 1, 1, 1], "in turns, as far as the limiter lets them"
+    assert batch_counts(learner.commit_frames(4)) == [1], "there was no other"
+    assert batch_counts(other.credit_frames(64)) == [3], "as many as the limiter lets them"
+
+
+def test_a_message_of_many_batches_is_not_larger_than_it_may_be():
+    core = make_core(replay={"capacity": 8, "headroom": 8})
+    client, batch_size = Client(core), MOST_DRAWS // 4
+    client.open_writer(channel=1, max_commit_rows=8, num_wanted=8)
+    client.commit(num_rows=8)
+    client.open_sampler(channel=2, batch_size=batch_size)
+    assert batch_counts(client.credit_frames(7)) == [3, 3, 1]
+    client.open_sampler(channel=3, batch_size=MOST_DRAWS)
+    assert batch_counts(client.credit_frames(2, channel=3)) == [1, 1], "a batch is never divided"
 
 
 def test_the_limit_of_credits_counts_those_that_still_wait():
