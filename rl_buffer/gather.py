@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from rl_buffer.batches import Batch, ReplayBatch, SequenceBatch, leaf_views
-from rl_buffer.row_copies import NO_WORDS, gather_rows
+from rl_buffer.row_copies import NO_WORDS, gather_rows, replace_rows
 from rl_buffer.spec import RowLayout
 from rl_buffer.tables import ReplayTable
 
@@ -134,7 +134,7 @@ class _Blocks:
     def replace(self, places: NDArray[np.int64], indices: NDArray[np.int64]) -> None:
         """Copy rows over some of the block that was filled."""
         assert self._filled is not None
-        self._filled.rows[torch.from_numpy(places)] = self._rows[torch.from_numpy(indices)]
+        replace_rows(self._words, indices, self._filled.words, places, self._row_words)
 
     def source_and_target(self, num_rows: int) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """See `Gatherer.source_and_target`."""

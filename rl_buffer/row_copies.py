@@ -52,13 +52,11 @@ def _copy_rows(source: Any, row_words: int, rows: Any, target: Any, asked: Any) 
             copy_row(source, row_words, np.int64(min(np.uint64(rows[i]), last)), target, i)
 
 
-@compiled(INTS_IN, INTS_IN, INTS_IN)
-def are_equal(values: Any, rows: Any, expected: Any) -> bool:
-    """Whether the values of these rows ([B] of each) are the expected ones; not if there is no such row."""
+@compiled(INTS, INT, INTS_IN, INTS, INTS_IN)
+def _replace_rows(source: Any, row_words: int, rows: Any, target: Any, places: Any) -> None:
+    last = np.uint64(source.size // row_words - 1)
     for i in range(rows.size):
-        if np.uint64(rows[i]) >= np.uint64(values.size) or values[rows[i]] != expected[i]:
-            return False
-    return True
+        copy_row(source, row_words, np.int64(min(np.uint64(rows[i]), last)), target, places[i])
 
 
 def gather_rows(
@@ -76,3 +74,14 @@ def gather_rows(
         asked: a number of each row, [num_rows], which is about to be read too; [0] if none is.
     """
     _copy_rows(source, target.size // rows.size, rows, target, asked)
+
+
+def replace_rows(
+    source: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    target: NDArray[np.int64],
+    places: NDArray[np.int64],
+    row_words: int,
+) -> None:
+    """As `gather_rows`, of few rows: `rows`, [N], to where the rows `places`, [N] < B, of `target` lie."""
+    _replace_rows(source, row_words, rows, target, places)

@@ -35,7 +35,7 @@ from rl_buffer.failpoints import reached
 from rl_buffer.frames import Credit
 from rl_buffer.gather import Gatherer
 from rl_buffer.importance import importance_weights, require_beta
-from rl_buffer.row_copies import are_equal
+from rl_buffer.overtaken_rows import NOTHING_LEFT, are_intact, substitute
 from rl_buffer.samplers import Prioritized
 from rl_buffer.tables import ReplayTable, Sample
 
@@ -250,32 +250,25 @@ class ReplaySampler(ChannelUser):
         rows = sample.rows[:batch_size]
         self._gatherer.gather(rows, self._generations)
         reached("sampler.half_gathered")
-        # A look in a call of its own, after the copy: x86-64 keeps loads in order, and the server bumps a row's
-        # generation before it lets a writer at it. Equal generations therefore mean an untouched copy.
-        if are_equal(self._generations, rows, sample.generations[:batch_size]):
+        if are_intact(self._generations, rows, sample.generations[:batch_size]):
             return slice(batch_size)
-        intact = self._generations[sample.rows] == sample.generations
-        overtaken = np.flatnonzero(~intact[:batch_size])
-        self.num_overtaken += len(overtaken)
-        self._overtaken_unreported += len(overtaken)
-        kept = np.arange(batch_size)
-        substitutes = np.concatenate(
-            (np.flatnonzero(intact[batch_size:]) + batch_size, np.flatnonzero(intact[:batch_size]))
-        )
-        while len(substitutes):
-            # Spares first; where they run out, draws of this batch serve twice: both follow the same distribution.
-            chosen = np.resize(substitutes, len(overtaken))
-            kept[overtaken] = chosen
-            rows = sample.rows[chosen]
+        kept, places = np.arange(batch_size), np.arange(batch_size)
+        num_changed, candidate = self._substitute(sample, kept, places, batch_size)
+        num_overtaken = batch_size if num_changed == NOTHING_LEFT else num_changed
+        self.num_overtaken += num_overtaken
+        self._overtaken_unreported += num_overtaken
+        while num_changed > 0:
+            places = places[:num_changed]
             # Only these: what was found intact is a good copy whatever happens to its row. A whole batch of 512 image
             # transitions is 29 MB, and while it is copied again the next row is overtaken, and so on.
-            self._gatherer.replace(overtaken, rows)
-            is_overtaken = self._generations[rows] != sample.generations[chosen]
-            if not is_overtaken.any():
-                return kept
-            overtaken = overtaken[is_overtaken]
-            substitutes = substitutes[~np.isin(substitutes, chosen[is_overtaken])]
-        return None
+            self._gatherer.replace(places, sample.rows[kept[places]])
+            num_changed, candidate = self._substitute(sample, kept, places, candidate)
+        return None if num_changed == NOTHING_LEFT else kept
+
+    def _substitute(
+        self, sample: Sample, kept: NDArray[np.int64], places: NDArray[np.int64], candidate: int
+    ) -> tuple[int, int]:
+        return substitute(self._generations, sample.rows, sample.generations, kept, places, candidate)
 
     def _hand_out(self, sample: Sample, kept: "NDArray[np.int64] | slice", beta: float) -> Batch:
         if not self._prioritized:

@@ -1,0 +1,64 @@
+"""Which rows of a batch were overwritten between their draw and their copy, and which draws take their places.
+
+The owner of the rows raises a generation before it lets a writer at the row. A copy is good if the generation is still
+that of the draw after it. It is looked at in a call of its own: x86-64 keeps loads in order, a compiler need not.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from rl_buffer.kernels import INT, INTS, INTS_IN, compiled
+
+NOTHING_LEFT = -1
+
+
+@compiled()
+def _is_intact(generations: Any, rows: Any, drawn: Any, i: int) -> bool:
+    # As unsigned numbers negative rows are too large as well.
+    return bool(np.uint64(rows[i]) < np.uint64(generations.size) and generations[rows[i]] == drawn[i])
+
+
+@compiled(INTS_IN, INTS_IN, INTS_IN)
+def are_intact(generations: Any, rows: Any, drawn: Any) -> bool:
+    """Whether all rows ([N]) are still of the generations ([N]) that they had when they were drawn."""
+    for i in range(rows.size):  # noqa: SIM110  (Numba has no all() of a generator)
+        if not _is_intact(generations, rows, drawn, i):
+            return False
+    return True
+
+
+@compiled(INTS_IN, INTS_IN, INTS_IN, INTS, INTS, INT)
+def substitute(generations: Any, rows: Any, drawn: Any, kept: Any, places: Any, candidate: int) -> tuple[int, int]:
+    """Find other draws for those places of a batch whose row was overtaken.
+
+    Spares come first. Where they run out, draws of the batch serve twice: both follow the same distribution.
+
+    Args:
+        generations: of all rows.
+        rows: [B + spares], the draws of the batch and the spares.
+        drawn: [B + spares], the generations that they had.
+        kept: [B], which draw is at each place; changed.
+        places: [N], those to look at; begins with those that were changed afterwards.
+        candidate: the draw to try first, at first B.
+
+    Returns:
+        How many places were changed, and the next candidate. The new rows are intact so far: copy them, and look again.
+        NOTHING_LEFT if every single draw was overtaken.
+    """
+    num_changed = 0
+    for i in range(places.size):
+        place = places[i]
+        if _is_intact(generations, rows, drawn, kept[place]):
+            continue
+        num_tried = 0
+        while not _is_intact(generations, rows, drawn, candidate):
+            candidate = (candidate + 1) % rows.size
+            num_tried += 1
+            if num_tried == rows.size:
+                return NOTHING_LEFT, candidate
+        kept[place] = candidate
+        candidate = (candidate + 1) % rows.size
+        places[num_changed] = place
+        num_changed += 1
+    return num_changed, candidate
