@@ -168,7 +168,7 @@ class ReplayBuffer(ReplayInput):
             InvalidInput: fewer transitions are there.
         """
         self._require_items(batch_size)
-        self._gatherer.gather(self._state.draw(batch_size, num_spares=0).rows)
+        self._gatherer.gather(self._state.draw_rows(batch_size))
         return self._gatherer.hand_out({})
 
     def sample(self, batch_size: int) -> Batch:

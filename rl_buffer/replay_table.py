@@ -130,6 +130,12 @@ class ReplayTableState:
         self.limiter.sampled(num_batches * batch_size)
         return Sample(rows, generations, masses, total, self.allocator.num_committed)
 
+    def draw_rows(self, batch_size: int) -> Rows:
+        """The rows of a `draw` without spares, [batch_size] int64, for who needs nothing else."""
+        rows = self._sampler.draw(batch_size, self._rng).rows
+        self.limiter.sampled(batch_size)
+        return rows
+
     def draw_batch(
         self, batch_size: int, beta: float, source: NDArray[np.int64], target: NDArray[np.int64]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
