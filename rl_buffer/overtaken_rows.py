@@ -46,7 +46,7 @@ def substitute(generations: Any, rows: Any, drawn: Any, kept: Any, places: Any, 
         How many places were changed, and the next candidate. The new rows are intact so far: copy them, and look again.
         NOTHING_LEFT if every single draw was overtaken.
     """
-    num_changed = 0
+    num_changed, candidate = 0, candidate % rows.size
     for i in range(places.size):
         place = places[i]
         if _is_intact(generations, rows, drawn, kept[place]):

@@ -178,6 +178,7 @@ class ReplaySampler(ChannelUser):
         """
         if self._closed:
             raise Closed("this sampler was closed")
+        self._channel.connection.check()
         drawn = drawn_rows(batch)
         if drawn is None:
             raise InvalidInput(f"table {self._name!r} is sampled uniformly and has no priorities to update")

@@ -11,11 +11,34 @@ import rl_buffer.server
 from rl_buffer.launch import ProcessGroup
 
 DEADLINE_S = 60.0  # for what should take milliseconds: only a hang reaches it
+# There is one forkserver, with the imports that who launches it asks for: all that children of any test need.
+PRELOAD = [
+    "pytest",
+    "hypothesis",
+    "rl_buffer.sampler",
+    "actors.crew",
+    "child_processes",
+    "child_misuse",
+    "episode_envs",
+]
+
+
+# Tests of the same file share a worker of xdist, and so the server of their module. Those of these files take long and
+# share nothing; they come last, one by one, to whichever worker is free.
+SINGLE = {f"test_{name}.py" for name in ("checkpoint", "ledger", "readme", "scripts", "soak")}
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.name not in SINGLE:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _warm_servers():
-    """Servers that the tests' own process starts take 30 ms instead of 2 s."""
+def _warm_processes():
+    """Servers that the tests' own process starts take 30 ms instead of 2 s, and so do children."""
+    ProcessGroup(PRELOAD).launch()
     warm, launch = WarmServers(), rl_buffer.server._launch
     rl_buffer.server._launch = warm.launch
     yield
@@ -50,7 +73,7 @@ def connect():
 @pytest.fixture
 def children():
     """Child processes by name; a function of `child_processes` is what they should run."""
-    group = ProcessGroup(preload=["pytest", "rl_buffer.sampler"])
+    group = ProcessGroup(PRELOAD)
     with group:
         yield group
 
