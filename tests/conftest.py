@@ -28,11 +28,9 @@ PRELOAD = [
 SINGLE = {f"test_{name}.py" for name in ("checkpoint", "ledger", "readme", "scripts", "soak")}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.name not in SINGLE:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+def pytest_itemcollected(item):
+    if item.path.name not in SINGLE:
+        item.add_marker(pytest.mark.xdist_group(item.path.name))
 
 
 @pytest.fixture(scope="session", autouse=True)
