@@ -5,6 +5,7 @@ import time
 
 import pytest
 from warm_server import WarmServers
+from xdist.scheduler import LoadScopeScheduling
 
 import rl_buffer as rb
 import rl_buffer.server
@@ -25,12 +26,17 @@ PRELOAD = [
 
 # Tests of the same file share a worker of xdist, and so the server of their module. Those of these files take long and
 # share nothing; they come last, one by one, to whichever worker is free.
-SINGLE = {f"test_{name}.py" for name in ("checkpoint", "ledger", "readme", "scripts", "soak")}
+SINGLE = {f"tests/test_{name}.py" for name in ("checkpoint", "ledger", "readme", "scripts", "soak")}
 
 
-def pytest_itemcollected(item):
-    if item.path.name not in SINGLE:
-        item.add_marker(pytest.mark.xdist_group(item.path.name))
+class _Scheduling(LoadScopeScheduling):
+    def _split_scope(self, nodeid):
+        file = nodeid.partition("::")[0]
+        return nodeid if file in SINGLE else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return _Scheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
