@@ -11,8 +11,8 @@
     memory      storage, peers, descriptors, directory, local_rows, buffer_files, checkpoint_file, checkpoint
     buffers     batches, gather, replay_buffer, prioritized_replay_buffer, rollout_batches, rollout_buffer
     protocol    frames, messages
-    processes   sessions, ledger, wait_facts, server_info, checkpoint_request, server_core, mapped_ledger, recovery,
-                table_memory, checkpoint_process, checkpointer, server_loop, server      (the server)
+    processes   sessions, ledger, wait_facts, server_info, checkpoint_request, grants, server_core, mapped_ledger,
+                recovery, table_memory, checkpoint_process, checkpointer, server_loop, server (the server)
                 connection, parameters, outbox, writer, sampler, served_buffer, rollout_writer, rollout_reader,
                 client                                                          (its clients)
                 launch, preload                                      (child processes of a trainer)

@@ -40,7 +40,8 @@ from rl_buffer.checkpoint_process import (
 from rl_buffer.checkpoint_request import CheckpointRequest
 from rl_buffer.errors import RLBufferError
 from rl_buffer.failpoints import reached
-from rl_buffer.server_core import Outgoing, ServerCore
+from rl_buffer.grants import Outgoing
+from rl_buffer.server_core import ServerCore
 
 _END_TIMEOUT_S = 3.0
 

@@ -18,7 +18,7 @@ published (`resume_point`).
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
@@ -31,18 +31,16 @@ from rl_buffer.descriptors import PER_CHANNEL, PER_CLIENT, PER_PARAMETER_SET
 from rl_buffer.diagnostics import RateWindow
 from rl_buffer.errors import InvalidInput
 from rl_buffer.failpoints import reached
-from rl_buffer.frames import Batch, Grant
+from rl_buffer.grants import Grants, Outgoing
 from rl_buffer.ledger import Ledger
 from rl_buffer.messages import Envelope, ReplyEnvelope
 from rl_buffer.parameter_slots import ParameterSlots
 from rl_buffer.peers import UNKNOWN_PROCESS, Process
-from rl_buffer.rate_limiters import LimiterConfig, RateLimiter, check_sample_possible
-from rl_buffer.replay_table import ReplayTableState
+from rl_buffer.rate_limiters import LimiterConfig, check_sample_possible
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_info import counters, describe_session, describe_table
 from rl_buffer.server_stats import MAX_NAME_LENGTH, ServerStats
 from rl_buffer.sessions import (
-    NO_ROWS,
     PendingCommit,
     ReaderChannel,
     SamplerChannel,
@@ -52,19 +50,15 @@ from rl_buffer.sessions import (
     WriterProgress,
 )
 from rl_buffer.table_states import TableState
-from rl_buffer.tables import Sample, StatsConfig
+from rl_buffer.tables import StatsConfig
 from rl_buffer.wait_facts import describe_waits
 
 MAX_SESSIONS = 1024
 MAX_CHANNELS_PER_SESSION = 256
 MAX_CREDITS = 64
-MOST_DRAWS = 1 << 12  # in one message of several batches: 100 KB
 MAX_KNOWN_WRITERS = 1 << 16  # that may come back; the one that is longest gone is forgotten first
 WRITER_ID_NBYTES = 16
-_POLICY = "policy"  # the parameters whose version replay writers report
 MAX_REASON_LENGTH = 1000  # a refusal may quote what a client sent, and `info` repeats the last one to everybody
-
-Outgoing: TypeAlias = list[tuple[bytes, bytes]]  # (channel id, frame)
 
 
 class ServerCore:
@@ -84,11 +78,11 @@ class ServerCore:
         self.stats = ServerStats(stats.window, stats.category, stats.extra_metrics_keys, stats.done_reason_keys)
         self.parameters: dict[str, ParameterSlots] = {}
         self.sessions: dict[bytes, Session] = {}
+        self._grants = Grants(epoch, self._ledger, self.stats, self.parameters, self._drop)
         self.max_descriptors = sys.maxsize  # that the server's process may open for clients
         self.is_stopped: Callable[[int], bool] = lambda pid: False  # whether that process is stopped by a signal
         self.known_writers: dict[bytes, WriterProgress] = {}  # by writer_id: without a channel, and may open another
         self.checkpoint: CheckpointRequest | None = None  # that a client waits for; for the loop to carry out
-        self._now_s = 0.0
         self._rates = RateWindow()
         self.num_messages = 0
         self.num_refused = 0
@@ -166,7 +160,7 @@ class ServerCore:
 
     def exited(self, token: bytes, now_s: float = 0.0) -> Outgoing:
         """The client is gone for certain, or left without a lease: free its rows, forget its pending commits."""
-        self._now_s = max(self._now_s, now_s)
+        self._grants.now_s = max(self._grants.now_s, now_s)
         session = self.sessions.pop(token, None)
         if session is None:
             return []
@@ -218,7 +212,7 @@ class ServerCore:
     def handle(self, channel_id: bytes, frame: bytes, now_s: float) -> Outgoing:
         """Act on one frame, or refuse it whole; never raises for what a client sent."""
         self.num_messages += 1
-        self._now_s = now_s
+        self._grants.now_s = now_s
         if now_s >= self._rates.next_note_s:
             self._rates.note(now_s, counters(self.tables.values(), self.sessions.values()))
         kind = frames.kind_of(frame)
@@ -267,8 +261,8 @@ class ServerCore:
         writer.sequence_received = commit.sequence
         writer.num_rows_pending += commit.num_rows
         writer.parameter_version = commit.parameter_version
-        session.last_action_s = self._now_s
-        writer.table.pending.append(PendingCommit(writer, commit, self._now_s))
+        session.last_action_s = self._grants.now_s
+        writer.table.pending.append(PendingCommit(writer, commit, self._grants.now_s))
         return self._advance(writer.table)
 
     def _credit(self, session: Session, channel_id: bytes, frame: bytes) -> Outgoing:
@@ -291,7 +285,7 @@ class ServerCore:
                 sampler.table.diagnostics.num_updates += len(credit.rows)
             reached("server.updated")
         sampler.num_credits += credit.num_credits
-        session.last_action_s = sampler.waiting_since_s = self._now_s
+        session.last_action_s = sampler.waiting_since_s = self._grants.now_s
         sampler.table.num_overtaken += credit.num_overtaken
         return self._advance(sampler.table)
 
@@ -334,7 +328,7 @@ class ServerCore:
         reached("server.released")
         reader.rows.difference_update(rows.tolist())
         reader.num_credits += credit.num_credits
-        reader.session.last_action_s = reader.waiting_since_s = self._now_s
+        reader.session.last_action_s = reader.waiting_since_s = self._grants.now_s
         return self._advance(reader.table)
 
     def _check_epoch(self, epoch: int) -> None:
@@ -374,7 +368,7 @@ class ServerCore:
 
     def copied(self, part: str, num_rows: int, now_s: float) -> Outgoing:
         """`num_rows` more rows of a part of the cut are in the file."""
-        self._now_s = now_s
+        self._grants.now_s = now_s
         kind, _, name = part.partition(":")
         if kind == "parameters":
             self.parameters[name].copied(num_rows)
@@ -385,7 +379,7 @@ class ServerCore:
 
     def thaw(self, now_s: float) -> Outgoing:
         """Nothing of the cut, if there is one, will be copied any more."""
-        self._now_s = now_s
+        self._grants.now_s = now_s
         for slots in self.parameters.values():
             slots.copied(1)
         for table in self.tables.values():
@@ -415,192 +409,12 @@ class ServerCore:
             raise InvalidInput(f"path of a checkpoint must be absolute, got {path[: MAX_REASON_LENGTH // 2]!r}")
         self.checkpoint = CheckpointRequest(channel_id, request_id, session.name, path, now_s)
 
-    # ---- progress ------------------------------------------------------------------------------------------
-
     def _advance(self, table: ServedTable) -> Outgoing:
-        """Let everybody go on who can: commits, then reservations, then batches, until nothing moves."""
-        outgoing: Outgoing = []
-        grant = self._grant_batch
-        if table.leasing is not None:
-            grant = self._grant_fragments if isinstance(table.state, RolloutTableState) else self._grant_items
-        while self._publish_pending(table, outgoing) or grant(table, outgoing):
-            pass
-        self._grant_rows(table, outgoing)
+        """Let everybody go on who can."""
+        outgoing = self._grants.advance(table)
         if self.checkpoint is not None:
-            self.checkpoint.look(self.tables.values(), self._now_s)
+            self.checkpoint.look(self.tables.values(), self._grants.now_s)
         return outgoing
-
-    def _publish_pending(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        moved = False
-        while table.pending:
-            pending = table.pending[0]
-            num_left = pending.commit.num_rows - pending.num_published
-            num_passing = table.state.num_insertable(num_left)
-            if num_passing or not num_left:  # episodes may come without rows
-                self._publish(pending, num_passing)
-                moved = num_passing > 0 or moved
-            if num_passing < num_left:
-                break
-            table.pending.popleft()
-            self._acknowledge(pending, outgoing)
-        return moved
-
-    def _publish(self, pending: PendingCommit, num_rows: int) -> None:
-        """Publish the next rows of a commit; with the last of them it is committed, and its episodes count."""
-        writer, commit = pending.writer, pending.commit
-        rows, writer.rows = writer.rows[:num_rows], writer.rows[num_rows:]
-        first, pending.num_published = pending.num_published, pending.num_published + num_rows
-        td_errors = None if commit.td_errors is None else commit.td_errors[first : pending.num_published]
-        writer.num_rows_pending -= num_rows
-        writer.num_published += num_rows
-        writer.session.num_inserts += num_rows
-        episodes, client = [], None
-        if pending.num_published == commit.num_rows:
-            writer.sequence_committed, writer.num_published = commit.sequence, 0
-            # Not before: what is not published whole counts nothing, because its writer may have to send it again.
-            if episodes := commit.episodes:
-                client = self.stats.record_of(writer.session.name, episodes)
-        state, version = writer.table.state, commit.parameter_version
-        number = state.number_of(int(rows[0])) if isinstance(state, RolloutTableState) and num_rows else 0
-        if isinstance(state, ConsumedTableState):
-            self._ledger.emptied(writer.table.name, state.evict_for(num_rows), 0)
-        self._ledger.begin(
-            writer.table.name,
-            rows,
-            td_errors=td_errors,
-            number=number,
-            version=version,
-            writer=writer.number,
-            progress=writer.progress,
-            episodes=episodes,
-            stats=self.stats,
-            client=client,
-        )
-        if isinstance(state, RolloutTableState):
-            state.commit(rows, version)
-        else:
-            state.commit(rows, td_errors)
-        self._ledger.end()
-        writer.table.last_insert_s = self._now_s
-        watch = writer.table.diagnostics.watch
-        if self._now_s >= watch.next_commit_s:
-            watch.committed(rows, state.generations[rows], _num_inserts(state), self._now_s, version)
-
-    def _acknowledge(self, pending: PendingCommit, outgoing: Outgoing) -> None:
-        writer, commit = pending.writer, pending.commit
-        reached("server.acknowledging")
-        if writer.closing:
-            if not writer.has_pending:
-                self._drop(writer)
-            return
-        self._want(writer, commit.num_wanted)
-        granted = NO_ROWS
-        # With rows behind it if it is their turn, so that the common case is one message.
-        if (grant := writer.table.next_grant()) and grant[0] is writer:
-            granted = self._take_rows(*grant)
-        self._grant(writer, granted, outgoing)
-
-    def _want(self, writer: WriterChannel, num_rows: int) -> None:
-        if num_rows and not writer.num_wanted:
-            writer.table.wanting.append(writer)
-            writer.waiting_since_s = self._now_s
-        writer.num_wanted += num_rows
-
-    def _take_rows(self, writer: WriterChannel, num_rows: int) -> Rows:
-        """Let the writer whose turn it is hold rows; if it wants more, it waits behind the others."""
-        rows = writer.table.state.reserve(num_rows)
-        self._ledger.reserved(writer.table.name, rows, writer.session.client)
-        writer.rows = np.concatenate((writer.rows, rows))
-        writer.num_wanted -= num_rows
-        writer.table.wanting.remove(writer)
-        if writer.num_wanted:
-            writer.table.wanting.append(writer)
-            writer.waiting_since_s = self._now_s
-        reached("server.granted")
-        return rows
-
-    def _grant_rows(self, table: ServedTable, outgoing: Outgoing) -> None:
-        while grant := table.next_grant():
-            writer, rows = grant[0], self._take_rows(*grant)
-            self._grant(writer, rows, outgoing)
-
-    def _grant(self, writer: WriterChannel, rows: Rows, outgoing: Outgoing) -> None:
-        writer.num_grants += 1
-        grant = Grant(self.epoch, writer.num_grants, writer.sequence_committed, rows)
-        outgoing.append((writer.channel_id, grant.encode()))
-
-    def _grant_batch(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        state = table.state
-        assert isinstance(state, ReplayTableState)
-        # Nobody overtakes it, even with a smaller batch: one who took every sample at once would starve it.
-        sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
-        if sampler is None or not len(state) or not state.limiter.can_sample(sampler.batch_size):
-            return False
-        num_batches = _num_batches(table, sampler, state.limiter)
-        sample = state.draw(sampler.batch_size, sampler.num_spares, num_batches)
-        self._ledger.sampled(table.name, state.limiter.num_samples)
-        reached("server.drawn")
-        self._granted(table, sampler, sample, outgoing, num_batches)
-        return True
-
-    def _grant_items(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        """As `_grant_batch`, of items that are this sampler's alone until it has copied them."""
-        state = table.state
-        assert isinstance(state, ConsumedTableState)
-        sampler = next((sampler for sampler in table.samplers if sampler.num_credits), None)
-        if sampler is None or not state.can_lease(sampler.batch_size):
-            return False
-        sample = state.lease(sampler.batch_size)
-        self._ledger.leased(table.name, sample.rows, sampler.session.client, state.num_finished_samples)
-        sampler.rows.update(sample.rows.tolist())
-        reached("server.leased")
-        self._granted(table, sampler, sample, outgoing)
-        return True
-
-    def _granted(
-        self, table: ServedTable, sampler: SamplerChannel, sample: Sample, outgoing: Outgoing, num_batches: int = 1
-    ) -> None:
-        batch_size = sampler.batch_size
-        rows, generations = (
-            array.reshape(num_batches, -1)[:, :batch_size].ravel() for array in (sample.rows, sample.generations)
-        )
-        newest_version, num_inserts = self._version(_POLICY), table.replay.limiter.num_inserts
-        table.diagnostics.watch.drawn(rows, generations, num_inserts, self._now_s, newest_version)
-        sampler.num_credits -= num_batches
-        sampler.session.num_samples += num_batches * batch_size
-        sampler.waiting_since_s = table.last_sample_s = self._now_s
-        table.samplers.remove(sampler)
-        table.samplers.append(sampler)
-        outgoing.append((sampler.channel_id, Batch(self.epoch, batch_size, sample, num_batches).encode()))
-
-    def _grant_fragments(self, table: ServedTable, outgoing: Outgoing) -> bool:
-        reader = next((reader for reader in table.readers if reader.num_credits), None)
-        if reader is None:
-            return False
-        newest_version = self._version(table.rollouts.config.parameters)
-        rollouts = table.rollouts
-        lease = rollouts.lease(reader.num_credits, newest_version)
-        if len(lease.dropped):
-            self._ledger.emptied(table.name, lease.dropped, rollouts.num_dropped)
-        if not lease.fragments:
-            return False
-        rows = np.array([fragment.row for fragment in lease.fragments])
-        self._ledger.leased(table.name, rows, reader.session.client, rollouts.num_handed_out)
-        reader.rows.update(rows.tolist())
-        reached("server.leased")
-        reader.num_credits -= len(rows)
-        reader.session.num_samples += len(rows)
-        reader.waiting_since_s = table.last_sample_s = self._now_s
-        table.readers.remove(reader)
-        table.readers.append(reader)
-        sample = Sample(rows, rollouts.generations[rows], np.zeros(len(rows)), 0.0, len(rollouts))
-        table.diagnostics.watch.drawn(rows, sample.generations, rollouts.num_commits, self._now_s, newest_version)
-        outgoing.append((reader.channel_id, Batch(self.epoch, len(rows), sample).encode()))
-        return True
-
-    def _version(self, parameters: str) -> int:
-        slots = self.parameters.get(parameters)
-        return 0 if slots is None else slots.version
 
     # ---- control requests ----------------------------------------------------------------------------------
 
@@ -709,8 +523,8 @@ class ServerCore:
         self.known_writers.pop(request.writer_id, None)
         session.channels[channel_id] = writer
         reached("server.opened")
-        self._want(writer, request.num_wanted)
-        self._grant_rows(table, outgoing)
+        self._grants.want(writer, request.num_wanted)
+        self._grants.grant_rows(table, outgoing)
         return messages.Opened(sequence, num_published)
 
     def _table(self, name: str) -> ServedTable:
@@ -747,21 +561,6 @@ class ServerCore:
                 "is what the server's limit of open descriptors (RLIMIT_NOFILE) allows; close some, or raise it "
                 "(ulimit -n) before the server starts"
             )
-
-
-def _num_batches(table: ServedTable, sampler: SamplerChannel, limiter: RateLimiter) -> int:
-    """How many batches can be drawn at once: as many as would be drawn one after the other, with nothing between."""
-    if table.pending or sum(other.num_credits > 0 for other in table.samplers) > 1:
-        return 1
-    most = min(sampler.num_credits, MOST_DRAWS // (sampler.batch_size + sampler.num_spares))
-    num_batches = 1
-    while num_batches < most and limiter.can_sample((num_batches + 1) * sampler.batch_size):
-        num_batches += 1
-    return num_batches
-
-
-def _num_inserts(state: TableState) -> int:
-    return state.num_commits if isinstance(state, RolloutTableState) else state.limiter.num_inserts
 
 
 def _channel_id(session: Session, number: int) -> bytes:

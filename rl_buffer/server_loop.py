@@ -28,10 +28,10 @@ from rl_buffer.checkpoint_file import CheckpointReader
 from rl_buffer.checkpointer import Checkpointer
 from rl_buffer.errors import ConnectionRefused, InvalidInput, NotEnoughMemory, RLBufferError
 from rl_buffer.failpoints import reached
+from rl_buffer.grants import Outgoing
 from rl_buffer.messages import ServerConfig, ServerStatus
 from rl_buffer.parameter_slots import BOARD_LENGTH, NUM_SLOTS, ParameterSlots
 from rl_buffer.peers import identify, is_stopped, peer_process, readable
-from rl_buffer.server_core import Outgoing
 from rl_buffer.server_stats import MAX_NAME_LENGTH
 from rl_buffer.sessions import WriterProgress
 from rl_buffer.spec import Field, RowLayout

@@ -89,7 +89,7 @@ def test_rows_are_granted_again_as_they_are_copied_and_the_wait_for_them_is_repo
     order = [row for array in cut.arrays for row in array.tolist()]
     assert order == [0, 1, 2, 3]
     assert granted(writer.commit(num_rows=2)) == [6, 7]  # 4 and 5 are in it, 0 and 1 are kept
-    core._now_s = 10.0
+    core._grants.now_s = 10.0
     events = writer.commit(num_rows=2)
     assert granted(events) == []
     assert acknowledged(events) == [(writer.id(1), 4)]

@@ -13,7 +13,7 @@ from test_limits import resident_nbytes
 import rl_buffer as rb
 from rl_buffer import frames, messages
 from rl_buffer.frames import Commit, Credit
-from rl_buffer.server_core import MOST_DRAWS
+from rl_buffer.grants import MOST_DRAWS
 from rl_buffer.spec import Field
 from rl_buffer.stats_tracker import Episode
 

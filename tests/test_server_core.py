@@ -24,6 +24,7 @@ from core_driver import (
 from rl_buffer import frames, messages
 from rl_buffer.errors import InvalidInput
 from rl_buffer.frames import Batch, Commit
+from rl_buffer.grants import MOST_DRAWS
 from rl_buffer.messages import Envelope
 from rl_buffer.rate_limiters import MinSize, SampleToInsertRatio
 from rl_buffer.samplers import Prioritized, Uniform
@@ -32,7 +33,6 @@ from rl_buffer.server_core import (
     MAX_CREDITS,
     MAX_REASON_LENGTH,
     MAX_SESSIONS,
-    MOST_DRAWS,
 )
 from rl_buffer.stats_tracker import Episode
 
