@@ -25,6 +25,7 @@ from rl_buffer.tables import ReplayTable
 
 _LOG = logging.getLogger("rl_buffer")
 _UNKNOWN = np.nan
+_CHECKED_ENDS = 1_000  # of episodes: environments that reset in another way than was said show it in the first ones
 _STAGED = ("observations", "next_observations", "actions", "extras", "recurrent_states")
 
 Items = TypeVar("Items", bound=Sized)
@@ -96,6 +97,7 @@ class StepHistory(ABC, Generic[Items]):
         self._final_obs = np.zeros_like(self._first_next_obs[0])
         self._final_moved = np.zeros(num_envs, np.bool_)
         self._checks_resets = autoreset in (None, "next_step")
+        self._ends_to_check = _CHECKED_ENDS
         self._any_values = False  # whether any step came with values or a priority; such a table computes priorities
         self._values_staged = False  # for the step that is not accepted yet
 
@@ -200,7 +202,10 @@ class StepHistory(ABC, Generic[Items]):
         if self._checks_resets and self._any_previous_ended:
             obs, next_obs = self._first_obs[step], self._first_next_obs[step]
             # One by one, as there are few: 0.9 us each, where all at once took 6 (64 environments of 17 floats).
-            for env in staged.ended.nonzero()[0].tolist():
+            ended = staged.ended.nonzero()[0].tolist()
+            self._ends_to_check -= len(ended)
+            self._checks_resets = self._ends_to_check > 0
+            for env in ended:
                 self._final_obs[env] = next_obs[env]
                 self._final_moved[env] = _differ(obs[env], next_obs[env])
 
