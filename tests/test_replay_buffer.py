@@ -973,9 +973,9 @@ def test_a_batch_of_a_gpu_can_be_extended_elsewhere():
 # ---- how environments reset -----------------------------------------------------------------------------------
 
 
-def episodes(buffer, *, dummies):
-    """Three episodes of two steps each, with next_step's dummy steps or as a loop that resets by hand."""
-    for episode in range(3):
+def episodes(buffer, *, dummies, num_episodes=3):
+    """Episodes of two steps each, with next_step's dummy steps or as a loop that resets by hand."""
+    for episode in range(num_episodes):
         for step in range(2):
             obs = [episode, step]
             buffer.add(obs, 0, 1.0, step == 1, [episode, step + 1])
@@ -997,6 +997,14 @@ def test_environments_that_reset_in_another_way_are_noticed_once(caplog, autores
     said = [record.message for record in caplog.records if record.name == "rl_buffer"]
     assert len(said) == (message is not None)
     assert message is None or message in said[0]
+
+
+@pytest.mark.parametrize(("num_episodes", "num_said"), [(990, 1), (1_000, 0)])
+def test_how_environments_reset_is_looked_at_for_the_first_thousand_ends(caplog, num_episodes, num_said):
+    buffer = make(autoreset=None)
+    episodes(buffer, dummies=False, num_episodes=num_episodes)
+    episodes(buffer, dummies=True)
+    assert len([record for record in caplog.records if record.name == "rl_buffer"]) == num_said
 
 
 def test_bfloat16_is_taken_as_the_float_that_it_is():
