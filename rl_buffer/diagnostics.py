@@ -1,8 +1,8 @@
 """How fast a table moves, how old and how worn the drawn items are, and how its priorities lie.
 
 Three parts, each cheap where it is on the way of every message, and all else computed when somebody asks. Together they
-cost about 1.5 % of the server core's time at full load (medians of four runs on two cores that ten other processes
-wanted: 1.2, 1.5, 1.9 and 2.7 %): uv run scripts/benchmarks/diagnostics.py
+cost about 0.5 % of the server core's time at full load (up to 2.7 % while ten other processes wanted its two cores):
+uv run scripts/benchmarks/diagnostics.py
 
     RateWindow   counters of the last seconds, noted twice a second, from which rates per second are taken
     ItemWatch    when some rows were committed, with which parameters, and how often each was drawn since
