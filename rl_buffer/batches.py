@@ -215,7 +215,7 @@ def drawn_rows(batch: Any) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None
 
 
 def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) -> NDArray[np.float64]:
-    """What `update_priorities` was given for N rows as [N] float64 on the CPU.
+    """What `update_priorities` was given for N rows as [N] float64 on the CPU, a copy.
 
     Args:
         table: its sequences take the mix of largest and mean.
@@ -229,7 +229,8 @@ def as_td_errors(table: ReplayTable, batch: Any, num_rows: int, td_errors: Any) 
     if td_errors.__class__ is torch.Tensor and td_errors.is_cpu and td_errors.dtype in _NUMPY_FLOATS:
         errors = td_errors.detach().numpy().astype(np.float64)  # 2 us less than a conversion by torch
     else:
-        errors = torch.as_tensor(td_errors).detach().to("cpu", torch.float64).numpy()
+        # A copy in any case: it may be sent later, and the caller goes on with his.
+        errors = torch.as_tensor(td_errors).detach().to("cpu", torch.float64).numpy().copy()
     mixed = isinstance(batch, SequenceBatch) and errors.shape == tuple(batch.train_mask.shape)
     if mixed:
         train_mask = batch.train_mask.cpu().numpy()

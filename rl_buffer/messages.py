@@ -17,7 +17,7 @@ from rl_buffer.rate_limiters import LimiterConfig
 from rl_buffer.spec import Field
 from rl_buffer.tables import CheckpointReport, ReplayTable, RolloutTable, StatsConfig
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 MAX_ATTACH_NBYTES = 1 << 17  # one SEQPACKET message; a network of 1,000 tensors needs about 50 KB
 
 # ---- control requests and replies ------------------------------------------------------------------------

@@ -153,6 +153,21 @@ def test_new_priorities_travel_with_the_credits_for_half_of_the_prefetched_batch
     assert num_updates() == 176, "closing sends the rest"
 
 
+@pytest.mark.parametrize(
+    "errors", [np.zeros(16), torch.zeros(16), torch.zeros(16, dtype=torch.float64)], ids=["array", "float32", "float64"]
+)
+def test_who_reuses_his_array_of_td_errors_changes_nothing_that_was_not_sent_yet(client, errors):
+    add(client, "prioritized", np.arange(4), np.ones(4))
+    with client.sampler("prioritized", batch_size=16, prefetch=4) as sampler:
+        batch = sampler.sample()
+        is_two = batch.actions == 2
+        errors[:] = is_two.numpy() if isinstance(errors, np.ndarray) else is_two
+        sampler.update_priorities(batch, errors)
+        errors[:] = 7.0
+    with client.sampler("prioritized", batch_size=16, prefetch=0) as sampler:
+        assert set(sampler.sample().actions.tolist()) == {2}
+
+
 def test_priorities_do_not_wait_while_the_learner_does(client, eventually):
     add(client, "limited", np.arange(8))
     before = table_info(client, "limited")["updates"]
