@@ -522,7 +522,8 @@ def test_a_kill_at_any_step_leaves_a_whole_checkpoint_from_which_a_server_goes_o
     else:
         assert there == old
     with rb.BufferServer({"replay": PRIORITIZED}, restore=path) as server, rb.connect(server.address) as client:
-        assert numbers_in(client) == there
+        # The one that was handed over may be finished only now.
+        assert numbers_in(client) in ((old, new) if failpoint == "checkpoint.handed_over" else (there,))
         client.checkpoint(path)
         assert os.listdir(path.parent) == [path.name]
 

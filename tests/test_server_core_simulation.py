@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 from core_simulation import FAULTS, Violation, simulate
 
+from rl_buffer.grants import Grants
 from rl_buffer.replay_table import ReplayTableState
 from rl_buffer.rollout_table import RolloutTableState
 from rl_buffer.server_core import ServerCore
@@ -55,7 +56,7 @@ BROKEN = {
     "rows are freed while their process may write": (ServerCore, "has_leases", lambda self, token: False),
     "a dead reader's fragments are lost": (RolloutTableState, "give_back", RolloutTableState.finish),
     "late fragments are handed out": (RolloutTableState, "lease", lambda self, most, _: lease(self, most, 0)),
-    "nobody is told of free rows": (ServerCore, "_grant_rows", lambda self, table, outgoing: None),
+    "nobody is told of free rows": (Grants, "grant_rows", lambda self, table, outgoing: None),
     "evicted rows can be sampled": (ReplayTableState, "_retire", lambda self, rows: None),
 }
 lease = RolloutTableState.lease
