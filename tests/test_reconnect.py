@@ -127,21 +127,21 @@ def for_ever(call):
 
 
 def test_every_waiting_call_ends_with_server_lost_when_the_server_is_killed(server, connect, eventually):
-    clients = {}
-
-    def new(name):
-        return clients.setdefault(name, connect(server, name=name))
-
-    new("first").publish_parameters({"w": np.zeros(2)})
-    prioritized = new("update_priorities").writer("prioritized", num_envs=1)
+    # All of them now: who only connects when the server is killed waits for the next one, as he should.
+    names = "add begin clear close commit first flush info look n p sample size stats take u update_priorities"
+    clients = {name: connect(server, name=name) for name in names.split()}
+    clients["first"].publish_parameters({"w": np.zeros(2)})
+    prioritized = clients["update_priorities"].writer("prioritized", num_envs=1)
     add(prioritized, range(8))
     prioritized.close()
-    sampler = new("update_priorities").sampler("prioritized", 4)
+    sampler = clients["update_priorities"].sampler("prioritized", 4)
     batch = sampler.sample()
-    writers = {name: new(name).writer("limited", num_envs=1, chunk_size=CHUNK) for name in ("add", "flush", "close")}
-    rollout_writers = {name: new(name).rollout_writer("rollout", autoreset=None) for name in ("begin", "commit")}
-    reader = new("take").rollouts("rollout")
-    waiting = new("sample").sampler("n1", 4)
+    writers = {
+        name: clients[name].writer("limited", num_envs=1, chunk_size=CHUNK) for name in ("add", "flush", "close")
+    }
+    rollout_writers = {name: clients[name].rollout_writer("rollout", autoreset=None) for name in ("begin", "commit")}
+    reader = clients["take"].rollouts("rollout")
+    waiting = clients["sample"].sampler("n1", 4)
 
     def finish(name):
         add(writers[name], range(1000, 1000 + CHUNK))
@@ -163,14 +163,14 @@ def test_every_waiting_call_ends_with_server_lost_when_the_server_is_killed(serv
         "update_priorities": for_ever(lambda: sampler.update_priorities(batch, np.ones(4))),
         "begin": lambda: write_fragments("begin"),
         "take": lambda: reader.take(6, timeout_s=DEADLINE_S),
-        "newer parameters": lambda: new("n").parameters("policy", newer_than=1, timeout_s=DEADLINE_S),
-        "unknown parameters": lambda: new("u").parameters("none", timeout_s=DEADLINE_S),
-        "looking at parameters": for_ever(new("look").parameters),
-        "publish_parameters": for_ever(lambda: new("p").publish_parameters({"v": np.zeros(2)}, "other")),
-        "info": for_ever(new("info").info),
-        "stats": for_ever(new("stats").stats),
-        "size": for_ever(lambda: new("size").size("n1")),
-        "clear": for_ever(lambda: new("clear").clear("n1")),
+        "newer parameters": lambda: clients["n"].parameters("policy", newer_than=1, timeout_s=DEADLINE_S),
+        "unknown parameters": lambda: clients["u"].parameters("none", timeout_s=DEADLINE_S),
+        "looking at parameters": for_ever(clients["look"].parameters),
+        "publish_parameters": for_ever(lambda: clients["p"].publish_parameters({"v": np.zeros(2)}, "other")),
+        "info": for_ever(clients["info"].info),
+        "stats": for_ever(clients["stats"].stats),
+        "size": for_ever(lambda: clients["size"].size("n1")),
+        "clear": for_ever(lambda: clients["clear"].clear("n1")),
     }
     raised = {}
 
@@ -184,8 +184,8 @@ def test_every_waiting_call_ends_with_server_lost_when_the_server_is_killed(serv
     for thread in threads:
         thread.start()
         # The first fills the limited table, so that the next two have to wait for it.
-        eventually(lambda: table_info(new("first"), "limited")["waits"])
-    eventually(lambda: table_info(new("first"), "n1")["waits"] and table_info(new("first"), "rollout")["waits"])
+        eventually(lambda: table_info(clients["first"], "limited")["waits"])
+    eventually(lambda: table_info(clients["first"], "n1")["waits"] and table_info(clients["first"], "rollout")["waits"])
     assert not raised
     os.kill(server.pid, signal.SIGKILL)
     killed_s = time.monotonic()
