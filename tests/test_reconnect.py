@@ -547,7 +547,7 @@ def test_a_writer_whose_commits_the_limiter_holds_back_sends_them_to_a_limiter_t
     added = add_until_no_step_can_be_staged(writer, 0, lambda: table_info(client, "limited")["inserts"] == LIMIT)
     restart(server)
     client.reconnect()
-    # Two commits, each of which may have become longer while its writer waited for rows; the next was published in part.
+    # Two commits, which may have become longer while the writer waited for rows; the next was published in part.
     num_acknowledged = writer.num_acknowledged
     assert LIMIT - CHUNK < num_acknowledged < LIMIT
 
