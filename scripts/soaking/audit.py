@@ -39,15 +39,15 @@ def check_transitions(board: Scoreboard, leaves: dict[str, NDArray[Any]], n_step
 def standing_still(pid: int) -> Iterator[bool]:
     """Stop a child, the server, so that inside the block nothing is committed or evicted; False if it has ended."""
     try:
-        os.kill(pid, signal.SIGSTOP)
-    except ProcessLookupError:  # and somebody has looked
-        yield False
-        return
-    try:
-        status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        try:
+            os.kill(pid, signal.SIGSTOP)
+            status = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        except (ProcessLookupError, ChildProcessError):  # and somebody has looked
+            status = None
         yield status is not None and status.si_code == os.CLD_STOPPED
     finally:
-        os.kill(pid, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
 
 
 def committed(client: rb.Client, table: str) -> Leaves:

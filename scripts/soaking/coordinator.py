@@ -141,6 +141,8 @@ class Coordinator:
                 self._let_it_run()
             except KeyboardInterrupt:
                 self.was_interrupted = True
+                if self._server.pid is not None:  # perhaps it was just made to stand still
+                    _signal(self._server.pid, signal.SIGCONT)
             self._end()
             self._final_audit()
             self._totals.problems = self._board.problems()
