@@ -275,7 +275,8 @@ class Channel:
         self.connection.check()
         frame = self._receive(timeout_s)
         if frame is not None and frames.kind_of(frame) == frames.REFUSAL:
-            self.connection.check()  # it may have been abandoned meanwhile, which is the reason then
+            if self.connection.is_lost:  # abandoned meanwhile, or hung up on: that is the reason then
+                raise server_lost(self.connection.address)
             epoch, reason = frames.decode_refusal(frame)
             if epoch != self.connection.epoch:  # zmq reconnected by itself to whoever has the address now
                 raise server_lost(self.connection.address)
