@@ -66,10 +66,8 @@ class Gatherer:
 
     def gather(self, indices: NDArray[np.int64], asked: NDArray[np.int64] = NO_WORDS) -> None:
         """Copy rows ([B] int64) into the block that `hand_out` will give away; `asked` as in `gather_rows`."""
-        if isinstance(self._blocks, _Blocks):
+        if self._blocks is not None:
             self._blocks.gather(indices, asked)
-        elif self._blocks is not None:
-            self._blocks.gather(indices)
         else:
             self._gathered = self._rows.index_select(0, torch.from_numpy(indices).to(self._rows.device))
 
@@ -195,7 +193,7 @@ class _PinnedBlocks:
         self._copied: list[torch.cuda.Event | None] = [None] * _NUM_BLOCKS
         self._turn = 0
 
-    def gather(self, indices: NDArray[np.int64]) -> None:
+    def gather(self, indices: NDArray[np.int64], asked: NDArray[np.int64]) -> None:
         """Copy the rows into the block whose turn it is, once its last copy to the device has ended."""
         shape = (len(indices), self._rows.shape[1])
         if not self._blocks or self._blocks[0].shape != shape:

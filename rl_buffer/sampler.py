@@ -187,7 +187,7 @@ class ReplaySampler(ChannelUser):
         self._updates.append((*drawn, errors))
         self._num_updated += len(errors)
         if self._prefetch == 0 or self._num_updated >= _MOST_ROWS_KEPT:
-            self._send_credit(max(0, self._prefetch - self._outstanding))
+            self._send_credit(self._num_lacking)
         else:
             self._ask_in_time()
         reached("sampler.updated")
@@ -199,7 +199,7 @@ class ReplaySampler(ChannelUser):
             ServerLost: the server ended.
         """
         if self._updates and not self._closed:
-            self._send_credit(max(0, self._prefetch - self._outstanding))
+            self._send_credit(self._num_lacking)
 
     def close(self) -> None:
         """See `ChannelUser.close`; priorities that were not sent yet are sent first."""
@@ -207,6 +207,11 @@ class ReplaySampler(ChannelUser):
             self.flush()
         finally:
             super().close()
+
+    @property
+    def _num_lacking(self) -> int:
+        """Batches that could be asked for, so that `prefetch` are on their way."""
+        return max(0, self._prefetch - self._outstanding)
 
     def _ask_in_time(self) -> None:
         """Ask for batches, unless half of those that are prefetched are still to come: then a later message does it."""
@@ -241,8 +246,7 @@ class ReplaySampler(ChannelUser):
 
     def _release(self, sample: Sample) -> None:
         """Say that these rows are copied, and ask for another batch."""
-        wanted = max(0, self._prefetch - self._outstanding)
-        self._send(wanted, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
+        self._send(self._num_lacking, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
         reached("consumer.released")
 
     def _gather(self, sample: Sample) -> "NDArray[np.int64] | slice | None":
