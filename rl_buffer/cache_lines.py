@@ -49,15 +49,40 @@ def _copy_line(typing_context: Any, target: Any, target_position: Any, source: A
     return types.void(target, types.intp, source, types.intp), generate
 
 
+def _floats(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    address = _address(context, builder, signature.args[0], *arguments[:2])
+    return builder.load(builder.bitcast(address, _vectors(ir.DoubleType())), align=8)
+
+
+def _picked(builder: Any, first: Any, second: Any, places: list[int]) -> Any:
+    """A line of the numbers at these places of two lines, one behind the other."""
+    return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_INT32, LINE), places))
+
+
+def _num_up_to(builder: Any, line: Any, limit: Any) -> Any:
+    unset = ir.Constant(line.type, ir.Undefined)
+    limits = _picked(builder, builder.insert_element(unset, limit, _INT32(0)), unset, [0] * LINE)
+    holds = builder.bitcast(builder.fcmp_ordered("<=", line, limits), ir.IntType(LINE))
+    return builder.ctpop(builder.zext(holds, ir.IntType(64)))
+
+
 def _count_up_to(typing_context: Any, array: Any, position: Any, limit: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature.args[0], *arguments[:2])
-        line = builder.load(builder.bitcast(address, _vectors(ir.DoubleType())), align=8)
-        unset = ir.Constant(line.type, ir.Undefined)
-        first = builder.insert_element(unset, arguments[2], _INT32(0))
-        limits = builder.shuffle_vector(first, unset, ir.Constant(ir.VectorType(_INT32, LINE), [0] * LINE))
-        holds = builder.bitcast(builder.fcmp_ordered("<=", line, limits), ir.IntType(LINE))
-        return builder.ctpop(builder.zext(holds, ir.IntType(64)))
+        return _num_up_to(builder, _floats(context, builder, signature, arguments), arguments[2])
+
+    return types.int64(array, types.intp, types.float64), generate
+
+
+def _count_sums_up_to(typing_context: Any, array: Any, position: Any, limit: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums = _floats(context, builder, signature, arguments)
+        zeros = ir.Constant(sums.type, [0.0] * LINE)
+        distance = 1
+        while distance < LINE:  # each number becomes the sum of twice as many up to it
+            places = [LINE if place < distance else place - distance for place in range(LINE)]
+            sums = builder.fadd(sums, _picked(builder, sums, zeros, places))
+            distance *= 2
+        return _num_up_to(builder, sums, arguments[2])
 
     return types.int64(array, types.intp, types.float64), generate
 
@@ -68,3 +93,5 @@ prefetch = cast(Callable[[Any, Any], None], intrinsic(_prefetch))
 copy_line = cast(Callable[[Any, Any, Any, Any], None], intrinsic(_copy_line))
 # count_up_to(array, position, limit): how many of the eight float64 there are <= limit, without a branch.
 count_up_to = cast(Callable[[Any, Any, Any], int], intrinsic(_count_up_to))
+# count_sums_up_to(array, position, limit): how many of the eight running sums there are <= limit, but for rounding.
+count_sums_up_to = cast(Callable[[Any, Any, Any], int], intrinsic(_count_sums_up_to))

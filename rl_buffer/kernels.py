@@ -28,8 +28,12 @@ BOOLS_2D_IN = types.Array(types.boolean, 2, "C", readonly=True)
 def compiled(*argument_types: Any) -> Callable[[_Kernel], _Kernel]:
     """`numba.njit` that keeps the function's type.
 
-    With argument types the kernel is compiled (or loaded from Numba's cache) when its module is imported, so
-    that no first call is slow. Without any it is compiled into the kernels that call it.
+    With argument types the kernel is compiled (or loaded from Numba's cache) when its module is imported, so that
+    no first call is slow. Without any it is compiled into the kernels that call it, and not cached by itself: from the
+    cache it would come as a finished function, which cannot become part of a loop over vectors.
+
+    Division by zero gives what NumPy gives: a test for it in a loop keeps the compiler from making vectors too.
     """
-    signatures = [argument_types] if argument_types else None
-    return cast(Callable[[_Kernel], _Kernel], njit(signatures, cache=True, nogil=True))
+    is_entry = bool(argument_types)
+    signatures = [argument_types] if is_entry else None
+    return cast(Callable[[_Kernel], _Kernel], njit(signatures, cache=is_entry, nogil=True, error_model="numpy"))

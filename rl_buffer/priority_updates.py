@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer.kernels import FLOAT, FLOATS, FLOATS_2D, FLOATS_IN, INTS, INTS_IN, compiled
+from rl_buffer.powers import power
 from rl_buffer.sum_tree import SumTree, set_leaves
 
 _SMALLEST_MASS = 1e-200  # a live row never has the mass 0 of a removed one
@@ -16,8 +17,11 @@ _REFUSED = -1
 @compiled(FLOATS, FLOAT)
 def to_masses(magnitudes: Any, alpha: float) -> None:
     """Raise |TD error| + epsilon, [N] float64 > 0, to the power of alpha, in place."""
+    if alpha != 1.0:  # else they are the masses, without rounding
+        for i in range(magnitudes.size):
+            magnitudes[i] = power(magnitudes[i], alpha)
     for i in range(magnitudes.size):
-        magnitudes[i] = max(magnitudes[i] ** alpha, _SMALLEST_MASS)
+        magnitudes[i] = max(magnitudes[i], _SMALLEST_MASS)
 
 
 @compiled(FLOATS, FLOATS_2D, INTS, INTS, INTS_IN, INTS_IN, FLOATS_IN, FLOAT, FLOAT, FLOAT)

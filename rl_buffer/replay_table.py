@@ -27,6 +27,7 @@ from rl_buffer.samplers import (
     require_updatable,
 )
 from rl_buffer.tables import ReplayTable, Sample, TableCut
+from rl_buffer.uniforms import new_seed, new_seeds
 
 
 class ReplayTableState:
@@ -117,15 +118,15 @@ class ReplayTableState:
 
         In the sample each batch is followed by its spares.
         """
-        sampler, num_draws = self._sampler, num_batches * (batch_size + num_spares)
+        sampler, num_draws = self._sampler, batch_size + num_spares
         require_drawable(batch_size, sampler.num_items)
         if isinstance(sampler, PrioritizedSampler):
             total = sampler.tree.total
             rows, generations, masses = draw_samples(
-                sampler.tree, self._rng.random(num_draws), num_batches, batch_size, self.generations
+                sampler.tree, new_seeds(self._rng, num_batches), num_draws, batch_size, self.generations
             )
         else:
-            rows, masses, total = sampler.draw(num_draws, self._rng)
+            rows, masses, total = sampler.draw(num_batches * num_draws, self._rng)
             generations = self.generations.take(rows)
         self.limiter.sampled(num_batches * batch_size)
         return Sample(rows, generations, masses, total, self.allocator.num_committed)
@@ -153,7 +154,7 @@ class ReplayTableState:
         sampler = self._sampler
         assert isinstance(sampler, PrioritizedSampler)
         require_drawable(batch_size, sampler.num_items)
-        drawn = draw_batch(sampler.tree, self._rng.random(batch_size), beta, self.generations, source, target)
+        drawn = draw_batch(sampler.tree, new_seed(self._rng), batch_size, beta, self.generations, source, target)
         self.limiter.sampled(batch_size)
         return drawn
 

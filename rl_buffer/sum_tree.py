@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rl_buffer import huge_pages
-from rl_buffer.cache_lines import count_up_to, prefetch
+from rl_buffer.cache_lines import count_sums_up_to, count_up_to, prefetch
 from rl_buffer.errors import InvalidInput
 from rl_buffer.kernels import FLOATS, FLOATS_2D, FLOATS_IN, INT, INTS, INTS_IN, compiled
 
@@ -128,21 +128,16 @@ def _find(leaves: Any, nodes: Any, levels: Any, rest: Any, found: Any, masses: A
     num_whole = leaves.size >> _BITS
     for i in range(rest.size):
         first = (found[i] << _BITS) & _NOT_NEGATIVE
-        running = leaves[first]
-        leaf = first + (running <= rest[i])
-        if found[i] < num_whole:  # a constant number of leaves is unrolled
-            for j in range(1, _FAN_OUT):
-                running += leaves[first | j]
-                leaf += running <= rest[i]
+        if found[i] < num_whole:
+            leaf = first + min(count_sums_up_to(leaves, first, rest[i]), _FAN_OUT - 1)
         else:
-            for j in range(first + 1, leaves.size):
-                running += leaves[j]
-                leaf += running <= rest[i]
-        if running <= rest[i]:
-            # Rounding above, or a prefix at the very end, left more than this node has.
+            leaf, running = first, leaves[first]
+            while running <= rest[i] and leaf + 1 < leaves.size:
+                leaf += 1
+                running += leaves[leaf]
+        # Sums that were added up in another order, or a prefix at the very end, may end where no mass is.
+        while leaves[leaf] == 0.0:
             leaf -= 1
-            while leaves[leaf] == 0.0:
-                leaf -= 1
         found[i] = leaf
         masses[i] = leaves[leaf]
 

@@ -76,6 +76,7 @@ QUICK = Options(
 )
 BARS = (
     Bar("prioritized get, 1 M: cpprb / rl_buffer", Case(GET, "1 M", "cpprb"), Case(GET, "1 M", OURS), at_least=10),
+    Bar("prioritized get, 1 M: torchrl / rl_buffer", Case(GET, "1 M", "torchrl"), Case(GET, "1 M", OURS), at_least=12),
     Bar("prioritized get: growth from 64 k to 8 M", Case(GET, "8 M", OURS), Case(GET, "64 k", OURS), below=3),
     Bar("add of one step, 1 M: cpprb / rl_buffer", Case(ADD, "1 M", "cpprb"), Case(ADD, "1 M", OURS), at_least=1),
     # A loop over tensors is what people write; the same loop over arrays or floats is in the table.

@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parent.parent
 DEADLINE_S = 550.0  # a minute where nothing else runs: only a hang reaches it
 PEERS = {"cpprb": "cpprb", "cpprb MP": "cpprb", "SB3": "stable-baselines3", "torchrl": "torchrl"}
 IN_PROCESS_PEERS = {"cpprb", "SB3", "torchrl"}
-BUFFER_OPERATIONS = {("prioritized get of 256", size): {"rl_buffer", "gather only", "cpprb"} for size in ("1 k", "4 k")}
+BUFFER_OPERATIONS = {
+    ("prioritized get of 256", size): {"rl_buffer", "gather only", "cpprb", "torchrl"} for size in ("1 k", "4 k")
+}
 BUFFER_OPERATIONS |= {
-    (operation, size): {"rl_buffer", "cpprb"}
+    (operation, size): {"rl_buffer", "cpprb", "torchrl"}
     for size in ("1 k", "4 k")
     for operation in ("update_priorities of 256", "add 1 step of 1 env", "add 1 step, then get of 256")
 }

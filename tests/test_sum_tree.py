@@ -67,6 +67,19 @@ def test_find_agrees_with_a_search_in_the_running_sum(case, fractions):
 
 
 @pytest.mark.parametrize("num_leaves", SIZES)
+def test_masses_that_round_move_an_edge_by_no_more_than_rounding(num_leaves):
+    rng = np.random.default_rng(num_leaves)
+    tree = SumTree(num_leaves, 10.0 ** rng.uniform(-12, 6, num_leaves) * (rng.random(num_leaves) < 0.7) + 1e-9)
+    running = np.concatenate(([0.0], np.cumsum(tree.leaves)))
+    prefix = np.concatenate((rng.random(2_000) * tree.total, running[:-1], np.nextafter(running[1:], 0.0)))
+    leaves, masses = tree.find(prefix)
+    slack = 1e-13 * tree.total
+    assert (running[leaves] <= prefix + slack).all()
+    assert (prefix < running[leaves + 1] + slack).all()
+    assert masses.tolist() == tree.leaves[leaves].tolist()
+
+
+@pytest.mark.parametrize("num_leaves", SIZES)
 def test_find_reaches_every_leaf(num_leaves):
     tree = SumTree(num_leaves, np.ones(num_leaves))
     leaves, _ = tree.find(np.arange(num_leaves) + 0.5)

@@ -3,6 +3,7 @@
 A peer is imported when a buffer of it is made, so any of them may be missing.
 """
 
+import importlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -117,27 +118,38 @@ def _sb3(size: int, num_envs: int, prioritized: bool) -> Buffer:
 def _torchrl(size: int, num_envs: int, prioritized: bool) -> Buffer:
     with warnings.catch_warnings(action="ignore"):
         from tensordict import TensorDict
-        from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+        from torchrl.data import LazyTensorStorage, TensorDictPrioritizedReplayBuffer, TensorDictReplayBuffer
 
     logging.getLogger("torchrl").setLevel(logging.WARNING)
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(size), batch_size=BATCH_SIZE)
+    storage = {"storage": LazyTensorStorage(size), "batch_size": BATCH_SIZE}
+    if prioritized:
+        importlib.import_module("torchrl._torchrl")  # in C++: fails with any torch but the one it was compiled for
+        buffer = TensorDictPrioritizedReplayBuffer(alpha=_ALPHA, beta=_BETA, **storage)
+    else:
+        buffer = TensorDictReplayBuffer(**storage)
+    new_priorities = torch.rand(BATCH_SIZE)
 
     def step(*values: Any) -> dict[str, torch.Tensor]:
         names = ("obs", "action", "reward", "done", "next_obs")
         return {name: torch.as_tensor(value) for name, value in zip(names, values, strict=True)}
 
+    def fill(columns: Columns, priorities: NDArray[np.float32] | None) -> None:
+        rows = buffer.extend(TensorDict(step(*columns), batch_size=[len(columns[0])]))
+        if priorities is not None:
+            buffer.update_priority(rows, torch.from_numpy(priorities))
+
     return Buffer(
         add=lambda step: buffer.add(TensorDict(step)),
         get=buffer.sample,
-        fill=lambda columns, _: buffer.extend(TensorDict(step(*columns), batch_size=[len(columns[0])])),
+        fill=fill,
         step=step,
+        update=lambda batch: buffer.update_priority(batch["index"], new_priorities),
     )
 
 
-PRIORITIZED = {OURS: _rl_buffer, "cpprb": _cpprb}
-# SB3 has no prioritized buffer; torchrl's works with no torch release but the one that it was compiled for.
-UNIFORM = PRIORITIZED | {"SB3": _sb3, "torchrl": _torchrl}
-OF_MANY_ENVS = PRIORITIZED | {"SB3": _sb3}  # SB3's has no priorities to set
+PRIORITIZED = {OURS: _rl_buffer, "cpprb": _cpprb, "torchrl": _torchrl}
+UNIFORM = PRIORITIZED | {"SB3": _sb3}
+OF_MANY_ENVS = {OURS: _rl_buffer, "cpprb": _cpprb, "SB3": _sb3}  # SB3 has no prioritized buffer: without priorities
 
 
 def full_buffer(name: str, size: int, num_envs: int, *, prioritized: bool) -> Buffer | str:
@@ -146,8 +158,10 @@ def full_buffer(name: str, size: int, num_envs: int, *, prioritized: bool) -> Bu
         return "not enough memory"
     try:
         buffer = UNIFORM[name](size, num_envs, prioritized)
-    except ImportError:
+    except ModuleNotFoundError:
         return "not installed"
+    except ImportError:
+        return "not for this torch"
     random = np.random.default_rng(0)
     for start in range(0, size, _FILL_ROWS):
         num_rows = min(_FILL_ROWS, size - start)

@@ -10,7 +10,7 @@ from benchmarks.team import GATHER, Load, scheduled_s
 
 _ALPHA, _BETA = 0.6, 0.4
 _TIMEOUT_S = 60.0
-_MOST_ROWS_PER_MESSAGE, _NBYTES_PER_MESSAGE = int(__import__("os").environ.get("CH", "400")), 1 << 20
+_MOST_ROWS_PER_MESSAGE, _NBYTES_PER_MESSAGE = 400, 1 << 20
 _FILL_NBYTES = 32 << 20  # at a time
 
 
@@ -63,13 +63,7 @@ class RLBufferStore:
         """See `team.Store`."""
         import torch
 
-        sampler = self._client.sampler(
-            "replay",
-            batch_size=self._load.batch_size,
-            beta=_BETA,
-            timeout_s=_TIMEOUT_S,
-            prefetch=int(__import__("os").environ.get("PF", "4")),
-        )
+        sampler = self._client.sampler("replay", self._load.batch_size, beta=_BETA, timeout_s=_TIMEOUT_S)
         td_errors = torch.rand(self._load.batch_size)
 
         def step() -> None:
