@@ -3,8 +3,8 @@
 `import rl_buffer` loads neither torch nor Numba: each name below is imported when it is first used.
 
     layer       modules
-    pure        errors, failpoints, spec, allocator, huge_pages, kernels, cache_lines, powers, uniforms, row_copies,
-                overtaken_rows, sum_tree, priority_updates, row_set, importance, batch_draws, samplers, rate_limiters,
+    pure        errors, failpoints, spec, allocator, huge_pages, kernels, cache_lines, powers, uniforms, importance,
+                row_copies, overtaken_rows, sum_tree, priority_updates, row_set, batch_draws, samplers, rate_limiters,
                 waits, n_step, stats_tracker, server_stats, diagnostics, tables, inputs, step_leaves, episode_ends,
                 step_history, transition_history, sequence_history, offline, replay_input, replay_table,
                 consumed_table, rollout_table, table_states, parameter_slots, address, buffer_arguments, gae,

@@ -21,7 +21,6 @@ for them then go to the next server, which drops and counts those of rows that i
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,8 +33,8 @@ from rl_buffer.errors import Closed, DeadlineExceeded, InvalidInput, RequestRefu
 from rl_buffer.failpoints import reached
 from rl_buffer.frames import Credit
 from rl_buffer.gather import Gatherer
-from rl_buffer.importance import importance_weights, require_beta
-from rl_buffer.overtaken_rows import NOTHING_LEFT, are_intact, substitute
+from rl_buffer.importance import require_beta
+from rl_buffer.overtaken_rows import NOTHING_LEFT, describe_kept, keep_intact, substitute
 from rl_buffer.samplers import Prioritized
 from rl_buffer.tables import ReplayTable, Sample
 
@@ -93,6 +92,8 @@ class ReplaySampler(ChannelUser):
         # First: if the device is not there, the server has not heard of this sampler.
         torch.empty(0, device=device)
         self._open(channel)
+        # Of the batch at hand: which draw is at each place, and those places whose draw was replaced.
+        self._kept, self._places = np.empty(batch_size, np.int64), np.empty(batch_size, np.int64)
 
     def _open(self, channel: Channel) -> None:
         self._call(channel, messages.OpenSampler(channel.number, self._name, self.batch_size))
@@ -133,12 +134,11 @@ class ReplaySampler(ChannelUser):
                 self._receive(deadline_s, timeout_s)
             sample = self._ready.popleft()
             self._outstanding -= 1
-            kept = self._gather(sample)
-            if kept is not None:
+            if self._gather(sample):
                 reached("sampler.gathered")
                 if self._table.max_times_sampled:
                     self._release(sample)
-                return self._hand_out(sample, kept, beta)
+                return self._hand_out(sample, beta)
             # Every single row was overwritten meanwhile: the batch is worth nothing, the next one is newer.
             self._ask(1)
 
@@ -249,39 +249,28 @@ class ReplaySampler(ChannelUser):
         self._send(self._num_lacking, sample.rows, sample.generations, np.full(len(sample.rows), np.nan))
         reached("consumer.released")
 
-    def _gather(self, sample: Sample) -> "NDArray[np.int64] | slice | None":
-        """Copy the batch's rows; return which draws it was made of, or None if no draw survived."""
-        batch_size = self.batch_size
-        rows = sample.rows[:batch_size]
-        self._gatherer.gather(rows, self._generations)
+    def _gather(self, sample: Sample) -> bool:
+        """Copy the batch's rows, and note in `_kept` which draws they are of; False if no draw survived."""
+        drawn = sample.rows, sample.generations
+        self._gatherer.gather(sample.rows[: self.batch_size], self._generations)
         reached("sampler.half_gathered")
-        if are_intact(self._generations, rows, sample.generations[:batch_size]):
-            return slice(batch_size)
-        kept, places = np.arange(batch_size), np.arange(batch_size)
-        num_changed, candidate = self._substitute(sample, kept, places, batch_size)
-        num_overtaken = batch_size if num_changed == NOTHING_LEFT else num_changed
-        self.num_overtaken += num_overtaken
-        self._overtaken_unreported += num_overtaken
+        num_changed, candidate = keep_intact(self._generations, *drawn, self._kept, self._places)
+        if num_changed:
+            num_overtaken = self.batch_size if num_changed == NOTHING_LEFT else num_changed
+            self.num_overtaken += num_overtaken
+            self._overtaken_unreported += num_overtaken
         while num_changed > 0:
-            places = places[:num_changed]
+            places = self._places[:num_changed]
             # Only these: what was found intact is a good copy whatever happens to its row. A whole batch of 512 image
             # transitions is 29 MB, and while it is copied again the next row is overtaken, and so on.
-            self._gatherer.replace(places, sample.rows[kept[places]])
-            num_changed, candidate = self._substitute(sample, kept, places, candidate)
-        return None if num_changed == NOTHING_LEFT else kept
+            self._gatherer.replace(places, sample.rows[self._kept[places]])
+            num_changed, candidate = substitute(self._generations, *drawn, self._kept, places, candidate)
+        return num_changed != NOTHING_LEFT
 
-    def _substitute(
-        self, sample: Sample, kept: NDArray[np.int64], places: NDArray[np.int64], candidate: int
-    ) -> tuple[int, int]:
-        return substitute(self._generations, sample.rows, sample.generations, kept, places, candidate)
-
-    def _hand_out(self, sample: Sample, kept: "NDArray[np.int64] | slice", beta: float) -> Batch:
+    def _hand_out(self, sample: Sample, beta: float) -> Batch:
         if not self._prioritized:
             return self._gatherer.hand_out({})
-        weights = importance_weights(sample.masses[kept], beta)
-        drawn: dict[str, NDArray[Any]] = {
-            "weights": weights,
-            "indices": np.array(sample.rows[kept]),
-            "generations": np.array(sample.generations[kept]),
-        }
-        return self._gatherer.hand_out(drawn)
+        rows, generations = np.empty(self.batch_size, np.int64), np.empty(self.batch_size, np.int64)
+        weights = np.empty(self.batch_size, np.float32)
+        describe_kept(sample.rows, sample.generations, sample.masses, self._kept, beta, rows, generations, weights)
+        return self._gatherer.hand_out({"weights": weights, "indices": rows, "generations": generations})

@@ -1,6 +1,7 @@
 """Servers and child processes for the tests of the process half; whatever a test started is ended after it."""
 
 import contextlib
+import signal
 import time
 
 import pytest
@@ -37,6 +38,12 @@ class _Scheduling(LoadScopeScheduling):
 
 def pytest_xdist_make_scheduler(config, log):
     return _Scheduling(config, log)
+
+
+def pytest_configure(config):
+    # A background job of a shell ignores Ctrl-C, and so would every script that a test starts.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

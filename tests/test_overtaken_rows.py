@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from rl_buffer.overtaken_rows import NOTHING_LEFT, are_intact, substitute
+from rl_buffer.importance import importance_weights
+from rl_buffer.overtaken_rows import NOTHING_LEFT, describe_kept, keep_intact, substitute
 
 NUM_ROWS = 40
 
@@ -26,9 +27,8 @@ def test_overtaken_draws_give_their_places_to_spares_and_then_to_others(batch_si
         drawn = generations[rows]
         generations[rows[rng.random(len(rows)) < share]] += 2
         intact = generations[rows] == drawn
-        assert are_intact(generations, rows, drawn) == intact.all()
-        kept, places = np.arange(batch_size), np.arange(batch_size)
-        num_changed, candidate = substitute(generations, rows, drawn, kept, places, batch_size)
+        kept, places = np.full(batch_size, 999), np.full(batch_size, 999)  # as the batch before left them
+        num_changed, candidate = keep_intact(generations, rows, drawn, kept, places)
         if not intact.any():
             assert num_changed == NOTHING_LEFT
             continue
@@ -48,7 +48,20 @@ def test_overtaken_draws_give_their_places_to_spares_and_then_to_others(batch_si
 def test_rows_that_are_not_there_count_as_overtaken():
     generations = np.ones(3, np.int64)
     for row in (3, -1, 1 << 62):
-        assert not are_intact(generations, np.array([0, row]), np.ones(2, np.int64))
-        kept, places = np.arange(2), np.arange(2)
-        assert substitute(generations, np.array([0, row]), np.ones(2, np.int64), kept, places, 0)[0] == 1
+        kept, places = np.empty(2, np.int64), np.empty(2, np.int64)
+        assert keep_intact(generations, np.array([0, row]), np.ones(2, np.int64), kept, places)[0] == 1
         assert kept.tolist() == [0, 0]
+        kept[:] = 0, 1
+        assert substitute(generations, np.array([0, row]), np.ones(2, np.int64), kept, np.arange(2), 0)[0] == 1
+        assert kept.tolist() == [0, 0]
+
+
+def test_a_batch_is_described_by_the_draws_that_it_was_made_of():
+    rng = np.random.default_rng(0)
+    rows, drawn, masses = rng.integers(100, size=9), rng.integers(100, size=9), rng.random(9)
+    kept = np.array([0, 8, 2, 0, 7])
+    described = np.empty(5, np.int64), np.empty(5, np.int64), np.empty(5, np.float32)
+    describe_kept(rows, drawn, masses, kept, 0.7, *described)
+    assert described[0].tolist() == rows[kept].tolist()
+    assert described[1].tolist() == drawn[kept].tolist()
+    assert described[2].tolist() == importance_weights(masses[kept], 0.7).tolist()
