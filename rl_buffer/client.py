@@ -25,7 +25,7 @@ from rl_buffer.parameters import ParameterSet, as_arrays
 from rl_buffer.rate_limiters import LimiterConfig
 from rl_buffer.spec import Field, TransitionSpec
 from rl_buffer.tables import CheckpointReport, ReplayTable, RolloutTable
-from rl_buffer.writer import ReplayWriter
+from rl_buffer.writer import ReplayWriter, default_chunk_size
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +148,7 @@ class Client:
         envs: Any = None,
         num_envs: int | None = None,
         autoreset: Any = _UNSTATED,
-        chunk_size: int = 64,
+        chunk_size: int | None = None,
         timeout_s: float | None = None,
     ) -> ReplayWriter:
         """A writer for one actor.
@@ -160,7 +160,8 @@ class Client:
             autoreset: "next_step", "same_step", "disabled", or None: rows are stored as given. Overrides `envs`; with
                 `num_envs` above 1 it must be said, because a dummy step of next_step mode looks like any other.
             chunk_size: transitions per message; less for a table that is smaller. Smaller is fresher, larger is
-                cheaper; `flush` sends at once.
+                cheaper; `flush` sends at once. None: 64, and of more than eight environments eight steps, as far as
+                these take no more than 1 MiB and an eighth of the table's headroom.
             timeout_s: deadline of `add` when the table takes no rows, by default the client's.
 
         Raises:
@@ -194,7 +195,7 @@ class Client:
                     self._connection.stats_config,
                     num_envs=num_envs,
                     autoreset=mode,
-                    chunk_size=chunk_size,
+                    chunk_size=default_chunk_size(config, num_envs) if chunk_size is None else chunk_size,
                     timeout_s=self.timeout_s if timeout_s is None else timeout_s,
                     explain=self._explainer(table),
                     parameter_version=lambda: self.parameter_versions.get(_POLICY, 0),

@@ -25,6 +25,18 @@ from rl_buffer.replay_input import CopyRows, ReplayInput
 from rl_buffer.stats_tracker import Episode, StatsTracker
 from rl_buffer.tables import ReplayTable, StatsConfig
 
+_CHUNK_TRANSITIONS = 64
+_CHUNK_STEPS = 8  # so that a message, which costs as much as writing hundreds of rows, is not sent with every `add`
+_CHUNK_NBYTES = 1 << 20
+_HEADROOM_SHARE = 8  # a writer holds two chunks: four of them fit
+
+
+def default_chunk_size(table: ReplayTable, num_envs: int) -> int:
+    """Transitions per message of a writer that was not told: more than 64 where they are small and there is room."""
+    assert table.headroom is not None
+    most = min(_CHUNK_NBYTES // table.layout.stride_nbytes, table.headroom // _HEADROOM_SHARE)
+    return max(_CHUNK_TRANSITIONS, min(_CHUNK_STEPS * num_envs, most))
+
 
 class ReplayWriter(ReplayInput, ChannelUser):
     """Adds transitions to one table. Made by `client.writer`.

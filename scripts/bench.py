@@ -35,7 +35,8 @@ import torch
 import tyro
 from benchmarks.advantages import GAE, TENSORS, gae
 from benchmarks.images import ALONE, GATHER_FLOOR, PAPER, SAMPLED, images
-from benchmarks.in_process import ADD, GET, in_process
+from benchmarks.in_process import ADD, ADD_MANY, GET, UNIFORM_ADD, in_process
+from benchmarks.libraries import SERVED
 from benchmarks.measure import OURS, Case, Measurement, Options
 from benchmarks.mixed import INSERTS, P99, SAMPLES, SIZE, mixed
 from benchmarks.payload import payload
@@ -79,6 +80,13 @@ BARS = (
     Bar("prioritized get, 1 M: torchrl / rl_buffer", Case(GET, "1 M", "torchrl"), Case(GET, "1 M", OURS), at_least=12),
     Bar("prioritized get: growth from 64 k to 8 M", Case(GET, "8 M", OURS), Case(GET, "64 k", OURS), below=3),
     Bar("add of one step, 1 M: cpprb / rl_buffer", Case(ADD, "1 M", "cpprb"), Case(ADD, "1 M", OURS), at_least=1),
+    Bar("add of one step to a server: microseconds", Case(UNIFORM_ADD, "1 M", SERVED), below=12),
+    Bar("add of one step to a server: times SB3's", *(Case(UNIFORM_ADD, "1 M", x) for x in (SERVED, "SB3")), below=2),
+    Bar(
+        "add of 64 envs' steps to a server: times SB3's",
+        *(Case(ADD_MANY, "1 M", x) for x in (SERVED, "SB3")),
+        below=1.5,
+    ),
     # A loop over tensors is what people write; the same loop over arrays or floats is in the table.
     Bar(
         "GAE 128 x 8: loop over tensors / rl_buffer", *(Case(GAE, "128 x 8", x) for x in (TENSORS, OURS)), at_least=100

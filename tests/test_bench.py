@@ -23,9 +23,9 @@ BUFFER_OPERATIONS |= {
     for operation in ("update_priorities of 256", "add 1 step of 1 env", "add 1 step, then get of 256")
 }
 BUFFER_OPERATIONS |= {
-    ("add 1 step of 64 envs", "1 k"): {"rl_buffer", "cpprb", "SB3"},
+    ("add 1 step of 64 envs", "1 k"): {"rl_buffer", "rl_buffer, served", "cpprb", "SB3"},
     ("uniform get of 256", "1 k"): {"rl_buffer", *IN_PROCESS_PEERS},
-    ("uniform: add 1 step of 1 env", "1 k"): {"rl_buffer", *IN_PROCESS_PEERS},
+    ("uniform: add 1 step of 1 env", "1 k"): {"rl_buffer", "rl_buffer, served", *IN_PROCESS_PEERS},
 }
 STARTUP_OPERATIONS = {
     (operation, "1"): {"rl_buffer", "spawn", "arrays only"}

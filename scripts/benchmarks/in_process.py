@@ -1,11 +1,20 @@
-"""Section in-process: replay buffers that live in the learner's own process."""
+"""Section in-process: replay buffers that live in the learner's own process, and what an actor's writer costs it."""
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from benchmarks.libraries import BATCH_SIZE, OF_MANY_ENVS, PRIORITIZED, UNIFORM, Buffer, full_buffer, made_up_steps
+from benchmarks.libraries import (
+    BATCH_SIZE,
+    OF_MANY_ENVS,
+    PRIORITIZED,
+    UNIFORM,
+    WRITABLE,
+    Buffer,
+    full_buffer,
+    made_up_steps,
+)
 from benchmarks.measure import Case, Job, Measurement, Options, take_turns
 
 SECTION = "in-process"
@@ -28,15 +37,21 @@ def in_process(options: Options) -> list[Measurement]:
     return [
         *_compare(prioritized, PRIORITIZED, sizes, 1, options),
         *_compare({ADD_MANY: _add}, OF_MANY_ENVS, middle, _NUM_ENVS, options),
-        *_compare({UNIFORM_GET: _get, UNIFORM_ADD: _add}, UNIFORM, middle, 1, options),
+        *_compare({UNIFORM_GET: _get}, UNIFORM, middle, 1, options, prioritized=False),
+        *_compare({UNIFORM_ADD: _add}, WRITABLE, middle, 1, options, prioritized=False),
     ]
 
 
 def _compare(
-    jobs: Mapping[str, MakeJob], libraries: Iterable[str], sizes: Sequence[int], num_envs: int, options: Options
+    jobs: Mapping[str, MakeJob],
+    libraries: Iterable[str],
+    sizes: Sequence[int],
+    num_envs: int,
+    options: Options,
+    *,
+    prioritized: bool = True,
 ) -> list[Measurement]:
     """One job after the other, in which libraries and sizes take turns: growth is then a ratio like any other."""
-    prioritized = libraries is not UNIFORM
     buffers = {
         (short(size), name): full_buffer(name, size, num_envs, prioritized=prioritized)
         for size, name in itertools.product(sizes, libraries)

@@ -19,11 +19,14 @@ from benchmarks.measure import OURS
 from rl_buffer.storage import available_memory_nbytes
 
 BATCH_SIZE = 256
+SERVED = "rl_buffer, served"
 _OBS_SIZE, _ACTION_SIZE = 17, 6
 _ALPHA, _BETA = 0.6, 0.4
+_N_STEP, _GAMMA = 3, 0.99  # of the served table
 _FILL_ROWS = 1 << 14
 _NBYTES_PER_TRANSITION = 300  # 230 for ours with its tree, 190 for cpprb, and some to spare
 
+_NAMES = ("observations", "actions", "rewards", "dones", "next_observations")
 # Columns obs, action, reward, done, next_obs: [N, size] or [N].
 Columns = list[NDArray[Any]]
 
@@ -52,12 +55,11 @@ def _rl_buffer(size: int, num_envs: int, prioritized: bool) -> Buffer:
     options: dict[str, Any] = {"alpha": _ALPHA, "beta": _BETA} if prioritized else {}
     kind = rb.PrioritizedReplayBuffer if prioritized else rb.ReplayBuffer
     buffer = kind(size // num_envs, num_envs, _OBS_SIZE, _ACTION_SIZE, **options)
-    names = ("observations", "actions", "rewards", "dones", "next_observations")
     td_errors = torch.rand(BATCH_SIZE)
     return Buffer(
         add=lambda step: buffer.add(*step),
         get=lambda: _looked_at(buffer.get(BATCH_SIZE)),
-        fill=lambda columns, priorities: buffer.extend(dict(zip(names, columns, strict=True)), priorities),
+        fill=lambda columns, priorities: buffer.extend(dict(zip(_NAMES, columns, strict=True)), priorities),
         update=lambda batch: buffer.update_priorities(batch, td_errors),
         rows=buffer._rows.block,
     )
@@ -147,9 +149,27 @@ def _torchrl(size: int, num_envs: int, prioritized: bool) -> Buffer:
     )
 
 
+def _served(size: int, num_envs: int, prioritized: bool) -> Buffer:
+    """An actor's writer, with n-step transitions; the server's process ends with this one."""
+    spec = rb.TransitionSpec(obs=rb.Field((_OBS_SIZE,)), action=rb.Field((_ACTION_SIZE,)))
+    sampler = rb.Prioritized(alpha=_ALPHA) if prioritized else rb.Uniform()
+    table = rb.ReplayTable(spec, size, sampler, n_step=_N_STEP, gamma=_GAMMA, seed=0)
+    server = rb.BufferServer({"replay": table}).start()
+    client = rb.connect(server.address)
+    writer = client.writer("replay", num_envs=num_envs, autoreset=None)
+
+    def fill(columns: Columns, priorities: NDArray[np.float32] | None) -> None:
+        batch = dict(zip(_NAMES, columns, strict=True))
+        n_steps = np.full(len(columns[0]), _N_STEP, np.int32)
+        writer.extend(batch | {"n_steps": n_steps, "discounts": _GAMMA**n_steps * ~batch["dones"]}, priorities)
+
+    return Buffer(lambda step: writer.add(*step), client.sampler("replay", BATCH_SIZE).sample, fill)
+
+
 PRIORITIZED = {OURS: _rl_buffer, "cpprb": _cpprb, "torchrl": _torchrl}
 UNIFORM = PRIORITIZED | {"SB3": _sb3}
-OF_MANY_ENVS = {OURS: _rl_buffer, "cpprb": _cpprb, "SB3": _sb3}  # SB3 has no prioritized buffer: without priorities
+OF_MANY_ENVS = {OURS: _rl_buffer, SERVED: _served, "cpprb": _cpprb, "SB3": _sb3}  # SB3's is never prioritized
+WRITABLE = UNIFORM | {SERVED: _served}
 
 
 def full_buffer(name: str, size: int, num_envs: int, *, prioritized: bool) -> Buffer | str:
@@ -157,7 +177,7 @@ def full_buffer(name: str, size: int, num_envs: int, *, prioritized: bool) -> Bu
     if size * _NBYTES_PER_TRANSITION > available_memory_nbytes():
         return "not enough memory"
     try:
-        buffer = UNIFORM[name](size, num_envs, prioritized)
+        buffer = WRITABLE[name](size, num_envs, prioritized)
     except ModuleNotFoundError:
         return "not installed"
     except ImportError:

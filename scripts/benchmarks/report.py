@@ -97,7 +97,7 @@ class Report:
         for axes in grid.flat[len(operations) :]:
             axes.axis("off")
         handles = [Rectangle((0, 0), 1, 1, color=self._colour(name)) for name in self._candidates]
-        figure.legend(handles, self._candidates, loc="outside lower center", ncols=len(handles))
+        figure.legend(handles, self._candidates, loc="outside lower center", ncols=min(len(handles), 8))
         figure.suptitle("Medians, with whiskers from quartile to quartile; of rates more is better, of times less")
         figure.savefig(path)
 
@@ -153,7 +153,7 @@ class Report:
             axes.set_ylim(bottom=0)
         if not is_curve:
             axes.margins(y=0.1)
-        axes.set_xticks(range(len(sizes)), sizes)
+        axes.set_xticks(range(len(sizes)), [size.replace(", ", "\n") for size in sizes])
         axes.set_xlabel(self._size_label(operation))
         axes.set_ylabel(self._units[cases[0]].name)
         axes.set_title(operation, fontsize=10)
@@ -170,8 +170,12 @@ class Report:
             return None
         return _spread(self._values[case] * self._units[case].per_second_or_byte)
 
-    def _colour(self, name: str) -> str:
-        return f"C{self._candidates.index(name)}"
+    def _colour(self, name: str) -> Any:
+        """Ten strong colours, then ten pale ones: a run of everything has twelve candidates."""
+        from matplotlib import colormaps
+
+        place = self._candidates.index(name)
+        return colormaps["tab20"](2 * place % 20 + place // 10 % 2)
 
 
 def _ours(case: Case) -> Case:
