@@ -41,7 +41,7 @@ _RETRY_S = 0.02  # between looks for a server that has not been started yet
 _MAX_FDS_PER_PACKET = 253  # SCM_MAX_FD of Linux
 _SEND_TIMEOUT_MS = 10_000
 
-_open_connections: "weakref.WeakSet[Connection]" = weakref.WeakSet()
+_open_lines: "weakref.WeakSet[_Lines]" = weakref.WeakSet()
 
 
 class Connection:
@@ -71,10 +71,9 @@ class Connection:
         self._channels: set[Channel] = set()  # open ones; kept, so that one whose owner is dropped ends in `close`
         self._closed = False
         self._abandoned = False
-        self._socket, self._server_pidfd = _connect(address, time.monotonic() + timeout_s, timeout_s)
+        self._lines = _Lines(*_connect(address, time.monotonic() + timeout_s, timeout_s))
+        weakref.finalize(self, self._lines.close).atexit = False
         reached("attach.connected")
-        self._context = zmq.Context()
-        _open_connections.add(self)
         try:
             hello = messages.Hello(messages.PROTOCOL_VERSION, name, b"" if previous is None else previous.token)
             with self.request(hello, timeout_s) as (reply, segment):
@@ -108,10 +107,10 @@ class Connection:
         with self._lock:
             try:
                 with contextlib.suppress(BrokenPipeError):  # the server closed it, and has said why
-                    self._socket.send(messages.encode_attach(request))
-                if not readable(self._socket.fileno(), timeout_s):
+                    self._lines.attach.send(messages.encode_attach(request))
+                if not readable(self._lines.attach.fileno(), timeout_s):
                     raise DeadlineExceeded(f"{self.address} did not answer within {timeout_s} s; is it stopped?")
-                packet, fds = _receive(self._socket)
+                packet, fds = _receive(self._lines.attach)
             except OSError as error:
                 if isinstance(error, DeadlineExceeded):
                     raise
@@ -130,7 +129,7 @@ class Connection:
     def channel(self) -> "Channel":
         """A new zmq channel; it belongs to the thread that uses it."""
         self.check()
-        channel = Channel(self, self._context, self._server_pidfd, next(self._channel_numbers))
+        channel = Channel(self, self._lines, next(self._channel_numbers))
         self._channels.add(channel)
         return channel
 
@@ -146,7 +145,7 @@ class Connection:
             Closed, ForkedClient: see `check`.
         """
         self.check()
-        if readable(self._server_pidfd, seconds):
+        if readable(self._lines.server_pidfd, seconds):
             raise server_lost(self.address)
 
     def check(self) -> None:
@@ -175,7 +174,7 @@ class Connection:
         """
         self.guard.check()
         self._check_open()
-        return self._abandoned or readable(self._server_pidfd, 0.0) or self._hung_up()
+        return self._abandoned or readable(self._lines.server_pidfd, 0.0) or self._hung_up()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -183,7 +182,7 @@ class Connection:
 
     def _hung_up(self) -> bool:
         poller = select.poll()
-        poller.register(self._socket, select.POLLRDHUP)
+        poller.register(self._lines.attach, select.POLLRDHUP)
         return bool(poller.poll(0))
 
     def abandon(self) -> None:
@@ -194,17 +193,53 @@ class Connection:
         """Give up sockets. Mapped memory stays valid as long as arrays refer to it."""
         if not self._closed:
             self._closed = True
-            self._context.destroy(linger=0)
+            self._lines.close_channels()
             self._channels.clear()
             with self._lock:  # a request of another thread ends first
-                self.close_descriptors()
+                self._lines.close()
+
+
+class _Lines:
+    """The sockets and descriptors of one connection, given up at the latest when nobody has it any more.
+
+    Nothing here leads back to it. A connection and its channels refer to each other, so that they end by the garbage
+    collector, in any order; and a context of zmq that ends while it has a socket waits for that one for ever.
+    """
+
+    def __init__(self, attach: socket.socket, server_pidfd: int) -> None:
+        self.attach = attach
+        self.server_pidfd = server_pidfd
+        self._context = zmq.Context()
+        self._sockets: set[zmq.Socket[bytes]] = set()  # the context itself knows them weakly
+        _open_lines.add(self)
+
+    def open_socket(self) -> "zmq.Socket[bytes]":
+        """A zmq socket, to be closed by `close_socket`."""
+        opened = self._context.socket(zmq.DEALER)
+        self._sockets.add(opened)
+        return opened
+
+    def close_socket(self, opened: "zmq.Socket[bytes]") -> None:
+        """Drop what is not sent. Twice is fine."""
+        opened.close()
+        self._sockets.discard(opened)
+
+    def close_channels(self) -> None:
+        """Close all zmq sockets; in a forked child zmq leaves its parent's alone."""
+        self._context.destroy(linger=0)
+        self._sockets.clear()
 
     def close_descriptors(self) -> None:
         """The part of `close` that a forked child may do: the descriptors are its own copies."""
-        self._socket.close()
-        if self._server_pidfd >= 0:
-            os.close(self._server_pidfd)
-            self._server_pidfd = -1
+        self.attach.close()
+        if self.server_pidfd >= 0:
+            os.close(self.server_pidfd)
+            self.server_pidfd = -1
+
+    def close(self) -> None:
+        """Give up everything. Twice is fine."""
+        self.close_channels()
+        self.close_descriptors()
 
 
 class Channel:
@@ -213,18 +248,18 @@ class Channel:
     def __init__(
         self,
         connection: Connection,
-        context: "zmq.Context[zmq.Socket[bytes]]",
-        server_pidfd: int,
+        lines: _Lines,
         number: int,
     ) -> None:
         self.connection = connection
         self.number = number
-        self._socket = context.socket(zmq.DEALER)
+        self._lines = lines
+        self._socket = lines.open_socket()
         self._socket.setsockopt(zmq.IDENTITY, connection.token + number.to_bytes(4, "little"))
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, frames.MAX_MESSAGE_NBYTES)
         self._socket.connect(connection.address.control_endpoint)
-        self._server_pidfd = server_pidfd
+        self._server_pidfd = server_pidfd = lines.server_pidfd
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(server_pidfd, zmq.POLLIN)
@@ -297,7 +332,7 @@ class Channel:
 
     def close(self) -> None:
         """Close the socket; unsent frames are dropped."""
-        self._socket.close()
+        self._lines.close_socket(self._socket)
         self.connection.forget(self)
 
 
@@ -408,8 +443,8 @@ def _connect(address: Address, deadline_s: float, timeout_s: float) -> tuple[soc
 
 
 def _close_in_forked_child() -> None:
-    for connection in list(_open_connections):
-        connection.close_descriptors()
+    for lines in list(_open_lines):
+        lines.close_descriptors()
 
 
 os.register_at_fork(after_in_child=_close_in_forked_child)

@@ -1,5 +1,6 @@
 """Rows belong to a process until it ends, whatever becomes of its connection and whatever number it goes by."""
 
+import gc
 import os
 import shutil
 import signal
@@ -30,6 +31,21 @@ def add_numbers(client, numbers):
     with client.writer("replay", num_envs=1, chunk_size=8) as writer:
         for number in numbers:
             writer.add(**numbered_row(number))
+
+
+def test_a_client_that_was_forgotten_without_close_is_given_up_by_the_collector(serve, connect, eventually):
+    server = serve(TABLE)
+    observer = connect(server)
+    gc.collect()
+    num_descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        forgotten = rb.connect(server.address, 60.0)
+        users = forgotten.writer("replay", num_envs=1, chunk_size=2), forgotten.sampler("replay", 2)
+        del forgotten, users
+        # The context of zmq must not end before its sockets, for which it waits without a deadline.
+        gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == num_descriptors
+    eventually(lambda: [session["connected"] for session in observer.info()["clients"]].count(True) == 1)
 
 
 def test_a_client_that_closes_its_connection_and_writes_on_harms_no_committed_row(

@@ -409,7 +409,7 @@ def test_other_threads_may_ask_all_the_while(server, client):
         for _ in range(2):
             restart(server)
             assert client.reconnect() is True
-            client._connection._socket.shutdown(socket.SHUT_RDWR)
+            client._connection._lines.attach.shutdown(socket.SHUT_RDWR)
             assert client.reconnect() is True
             epochs.add(client.info()["epoch"])
     finally:
@@ -908,7 +908,7 @@ def test_when_only_the_attach_connection_breaks_nothing_is_lost_or_counted_twice
     server_descriptors = len(os.listdir(f"/proc/{server.pid}/fd"))
     epoch = client._connection.epoch
     for _ in range(3):
-        client._connection._socket.shutdown(socket.SHUT_RDWR)
+        client._connection._lines.attach.shutdown(socket.SHUT_RDWR)
         assert client.reconnect() is True
         assert client._connection.epoch == epoch
         assert client.reconnect() is False
@@ -932,7 +932,7 @@ def test_after_an_attempt_in_vain_nothing_is_written_into_rows_that_may_be_anoth
     writer.flush()
     os.kill(server.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOWAIT)
-    client._connection._socket.shutdown(socket.SHUT_RDWR)
+    client._connection._lines.attach.shutdown(socket.SHUT_RDWR)
     with pytest.raises(rb.DeadlineExceeded):
         client.reconnect(timeout_s=0.1)
     for call in (writer.flush, lambda: add(writer, [0]), lambda: fill(rollout_writer), client.info):

@@ -64,6 +64,9 @@ def _compare(
             if operation == GET and isinstance(buffer, Buffer) and buffer.rows is not None:
                 cases[Case(operation, size, FLOOR)] = _gather(buffer)
         measurements += take_turns(SECTION, cases, options)
+    for buffer in buffers.values():
+        if isinstance(buffer, Buffer):
+            buffer.close()
     return measurements
 
 

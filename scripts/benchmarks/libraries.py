@@ -41,6 +41,7 @@ class Buffer:
     step: turns obs, action, reward, done, next_obs into what `add` takes, outside of what is timed.
     update: sets the priorities of a batch of `get`.
     rows: the memory that a batch is gathered from, one row for each transition; ours only.
+    close: ends what is more than memory.
     """
 
     add: Callable[[Any], Any]
@@ -49,6 +50,7 @@ class Buffer:
     step: Callable[..., Any] = lambda *values: values
     update: Callable[[Any], Any] | None = None
     rows: torch.Tensor | None = None
+    close: Callable[[], object] = lambda: None
 
 
 def _rl_buffer(size: int, num_envs: int, prioritized: bool) -> Buffer:
@@ -150,7 +152,7 @@ def _torchrl(size: int, num_envs: int, prioritized: bool) -> Buffer:
 
 
 def _served(size: int, num_envs: int, prioritized: bool) -> Buffer:
-    """An actor's writer, with n-step transitions; the server's process ends with this one."""
+    """An actor's writer, with n-step transitions."""
     spec = rb.TransitionSpec(obs=rb.Field((_OBS_SIZE,)), action=rb.Field((_ACTION_SIZE,)))
     sampler = rb.Prioritized(alpha=_ALPHA) if prioritized else rb.Uniform()
     table = rb.ReplayTable(spec, size, sampler, n_step=_N_STEP, gamma=_GAMMA, seed=0)
@@ -163,7 +165,12 @@ def _served(size: int, num_envs: int, prioritized: bool) -> Buffer:
         n_steps = np.full(len(columns[0]), _N_STEP, np.int32)
         writer.extend(batch | {"n_steps": n_steps, "discounts": _GAMMA**n_steps * ~batch["dones"]}, priorities)
 
-    return Buffer(lambda step: writer.add(*step), client.sampler("replay", BATCH_SIZE).sample, fill)
+    def close() -> None:
+        client.close()
+        server.stop()
+
+    get = client.sampler("replay", BATCH_SIZE).sample
+    return Buffer(add=lambda step: writer.add(*step), get=get, fill=fill, close=close)
 
 
 PRIORITIZED = {OURS: _rl_buffer, "cpprb": _cpprb, "torchrl": _torchrl}
