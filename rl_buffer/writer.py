@@ -26,7 +26,7 @@ from rl_buffer.stats_tracker import Episode, StatsTracker
 from rl_buffer.tables import ReplayTable, StatsConfig
 
 _CHUNK_TRANSITIONS = 64
-_CHUNK_STEPS = 8  # so that a message, which costs as much as writing hundreds of rows, is not sent with every `add`
+_CHUNK_STEPS = 32  # a message costs 0.4 ms and an `add` of 64 environments 18 us: eight steps would cost 65 us each
 _CHUNK_NBYTES = 1 << 20
 _HEADROOM_SHARE = 8  # a writer holds two chunks: four of them fit
 

@@ -104,26 +104,26 @@ def test_a_full_chunk_is_published_without_a_flush(client, eventually):
     ("obs_nbytes", "headroom", "num_envs", "expected"),
     [
         (40, 100_000, 1, 64),
-        (40, 100_000, 8, 64),
-        (40, 100_000, 64, 512),
+        (40, 100_000, 2, 64),
+        (40, 100_000, 64, 2_048),
         (40, 2_000, 64, 250),  # of a small headroom no more than an eighth
         (40, 100, 64, 64),
         (3_900, 100_000, 100, 133),  # rows of 7,872 B, as many as 1 MiB holds
         (28_224, 100_000, 64, 64),
     ],
 )
-def test_a_chunk_is_eight_steps_of_many_environments_where_they_are_small(obs_nbytes, headroom, num_envs, expected):
+def test_a_chunk_is_32_steps_of_several_environments_where_they_are_small(obs_nbytes, headroom, num_envs, expected):
     spec = rb.TransitionSpec(obs=rb.Field((obs_nbytes,), "uint8"), action=rb.Field((), "int64"))
     table = rb.ReplayTable(spec, 1_000_000, headroom=headroom)
     assert default_chunk_size(table, num_envs) == expected
 
 
-def test_a_writer_of_many_environments_publishes_eight_steps_at_a_time(client, eventually):
+def test_a_writer_of_several_environments_publishes_32_steps_at_a_time(client, eventually):
     obs, zeros = np.zeros((32, 3), np.float32), np.zeros(32)
     with client.writer("n1", num_envs=32, autoreset=None) as writer:
-        for _ in range(15):
+        for _ in range(40):
             writer.add(obs, zeros.astype(np.int64), zeros, zeros, obs, zeros)
-        eventually(lambda: client.size("n1") == 8 * 32)
+        eventually(lambda: client.size("n1") == 32 * 32)
 
 
 @pytest.mark.parametrize("n_step", [1, 3])
