@@ -46,7 +46,10 @@ def counts(site):
 
 def wait_for_laps(site, *, of_parameters):
     before = counts(site)[: 3 if of_parameters else 2]
-    eventually(lambda: all(now[0] - then >= laps for (then, laps), now in zip(before, counts(site), strict=False)))
+    try:
+        eventually(lambda: all(now[0] - then >= laps for (then, laps), now in zip(before, counts(site), strict=False)))
+    except AssertionError as error:
+        raise AssertionError(f"from (count, wanted more) {before} to {counts(site)}: {site.client.info()}") from error
 
 
 def test_there_is_a_step_to_stop_at():
