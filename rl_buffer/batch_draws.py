@@ -1,7 +1,7 @@
 """A prioritized batch in one kernel: draw rows, weight them, tell what they hold, and copy them.
 
 What `SumTree.draw`, `importance_weights` and `gather_rows` do one after the other, of the same parts. Each of these
-calls costs 2 us around its kernel; and here a row's cache lines are on their way while others are weighted. Of what a
+calls costs 2 us around its kernel; and here a row's generation comes along with the row. Of what a
 server draws for others, `draw_samples` does the first half, several batches at once.
 """
 

@@ -68,7 +68,6 @@ class Connection:
         self.guard = ProcessGuard()
         self._lock = threading.Lock()
         self._channel_numbers = itertools.count(1)
-        self._channels: set[Channel] = set()  # open ones; kept, so that one whose owner is dropped ends in `close`
         self._closed = False
         self._abandoned = False
         self._lines = _Lines(*_connect(address, time.monotonic() + timeout_s, timeout_s))
@@ -129,13 +128,7 @@ class Connection:
     def channel(self) -> "Channel":
         """A new zmq channel; it belongs to the thread that uses it."""
         self.check()
-        channel = Channel(self, self._lines, next(self._channel_numbers))
-        self._channels.add(channel)
-        return channel
-
-    def forget(self, channel: "Channel") -> None:
-        """A channel was closed."""
-        self._channels.discard(channel)
+        return Channel(self, self._lines, next(self._channel_numbers))
 
     def pause(self, seconds: float) -> None:
         """Let time pass, but not past the server's end.
@@ -194,16 +187,15 @@ class Connection:
         if not self._closed:
             self._closed = True
             self._lines.close_channels()
-            self._channels.clear()
             with self._lock:  # a request of another thread ends first
-                self._lines.close()
+                self._lines.close_descriptors()
 
 
 class _Lines:
     """The sockets and descriptors of one connection, given up at the latest when nobody has it any more.
 
-    Nothing here leads back to it. A connection and its channels refer to each other, so that they end by the garbage
-    collector, in any order; and a context of zmq that ends while it has a socket waits for that one for ever.
+    Nothing here leads back to it. What the garbage collector ends it ends in any order; and a context of zmq that ends
+    while it has a socket, one of a channel whose owner was dropped for instance, waits for that one for ever.
     """
 
     def __init__(self, attach: socket.socket, server_pidfd: int) -> None:
@@ -333,7 +325,6 @@ class Channel:
     def close(self) -> None:
         """Close the socket; unsent frames are dropped."""
         self._lines.close_socket(self._socket)
-        self.connection.forget(self)
 
 
 class ChannelUser(ABC):

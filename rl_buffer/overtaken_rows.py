@@ -20,8 +20,24 @@ def _is_intact(generations: Any, rows: Any, drawn: Any, i: int) -> bool:
     return bool(np.uint64(rows[i]) < np.uint64(generations.size) and generations[rows[i]] == drawn[i])
 
 
-@compiled()
-def _substitute(generations: Any, rows: Any, drawn: Any, kept: Any, places: Any, candidate: int) -> tuple[int, int]:
+@compiled(INTS_IN, INTS_IN, INTS_IN, INTS, INTS, INT)
+def substitute(generations: Any, rows: Any, drawn: Any, kept: Any, places: Any, candidate: int) -> tuple[int, int]:
+    """Find other draws for those places of a batch whose row was overtaken.
+
+    Spares come first. Where they run out, draws of the batch serve twice: both follow the same distribution.
+
+    Args:
+        generations: of all rows.
+        rows: [B + spares], the draws of the batch and the spares.
+        drawn: [B + spares], the generations that they had.
+        kept: [B], which draw is at each place; changed.
+        places: [N], those to look at; begins with those that were changed afterwards.
+        candidate: the draw to try first, at first B.
+
+    Returns:
+        How many places were changed, and the next candidate. The new rows are intact so far: copy them, and look again.
+        NOTHING_LEFT if every single draw was overtaken.
+    """
     num_changed, candidate = 0, candidate % rows.size
     for i in range(places.size):
         place = places[i]
@@ -59,28 +75,7 @@ def keep_intact(generations: Any, rows: Any, drawn: Any, kept: Any, places: Any)
             num_lacking += 1
     if num_lacking == 0:
         return 0, kept.size
-    return _substitute(generations, rows, drawn, kept, places[:num_lacking], kept.size)
-
-
-@compiled(INTS_IN, INTS_IN, INTS_IN, INTS, INTS, INT)
-def substitute(generations: Any, rows: Any, drawn: Any, kept: Any, places: Any, candidate: int) -> tuple[int, int]:
-    """Find other draws for those places of a batch whose row was overtaken.
-
-    Spares come first. Where they run out, draws of the batch serve twice: both follow the same distribution.
-
-    Args:
-        generations: of all rows.
-        rows: [B + spares], the draws of the batch and the spares.
-        drawn: [B + spares], the generations that they had.
-        kept: [B], which draw is at each place; changed.
-        places: [N], those to look at; begins with those that were changed afterwards.
-        candidate: the draw to try first, at first B.
-
-    Returns:
-        How many places were changed, and the next candidate. The new rows are intact so far: copy them, and look again.
-        NOTHING_LEFT if every single draw was overtaken.
-    """
-    return _substitute(generations, rows, drawn, kept, places, candidate)
+    return substitute(generations, rows, drawn, kept, places[:num_lacking], kept.size)
 
 
 @compiled(INTS_IN, INTS_IN, FLOATS_IN, INTS, FLOAT, INTS, INTS, FLOATS32)

@@ -23,6 +23,9 @@ _MANTISSA_BITS = 52
 _SQRT_HALF_BITS = int(np.float64(math.sqrt(0.5)).view(np.int64))
 _LN_2 = math.log(2.0)
 _FEWEST, _MOST = -1022.0, 1023.0  # exponents of 2 that a float64 has in full precision
+# Of the highest power first.
+_LOG_TERMS = tuple(1.0 / odd for odd in range(21, 0, -2))
+_EXP_TERMS = tuple(1.0 / math.factorial(n) for n in range(12, -1, -1))
 
 
 def _bits_of(typing_context: Any, number: Any) -> Any:
@@ -44,6 +47,14 @@ of_bits = cast(Callable[[int], float], intrinsic(_of_bits))
 
 
 @compiled()
+def _series(x: float, terms: Any) -> float:
+    result = 0.0
+    for term in terms:
+        result = result * x + term
+    return result
+
+
+@compiled()
 def power(base: float, exponent: float) -> float:
     """`base ** exponent` within a few 1e-16 of it, for results of 2^±n within n times as much.
 
@@ -58,33 +69,11 @@ def power(base: float, exponent: float) -> float:
     m = of_bits(bits - (k << _MANTISSA_BITS))
     s = (m - 1.0) / (m + 1.0)
     q = s * s
-    series = 1.0 / 21.0
-    series = series * q + 1.0 / 19.0
-    series = series * q + 1.0 / 17.0
-    series = series * q + 1.0 / 15.0
-    series = series * q + 1.0 / 13.0
-    series = series * q + 1.0 / 11.0
-    series = series * q + 1.0 / 9.0
-    series = series * q + 1.0 / 7.0
-    series = series * q + 1.0 / 5.0
-    series = series * q + 1.0 / 3.0
-    series = series * q + 1.0
+    log = (2.0 / _LN_2) * s * _series(q, _LOG_TERMS)
     # By way of 32 bits, because most processors have no vectors of conversions between float64 and int64.
-    y: Any = exponent * (np.float64(np.int32(k)) + (2.0 / _LN_2) * s * series)
+    y: Any = exponent * (np.float64(np.int32(k)) + log)
     y = min(max(y, _FEWEST), _MOST)
     n = np.floor(y + 0.5)
     f = (y - n) * _LN_2
-    series = 1.0 / 479001600.0
-    series = series * f + 1.0 / 39916800.0
-    series = series * f + 1.0 / 3628800.0
-    series = series * f + 1.0 / 362880.0
-    series = series * f + 1.0 / 40320.0
-    series = series * f + 1.0 / 5040.0
-    series = series * f + 1.0 / 720.0
-    series = series * f + 1.0 / 120.0
-    series = series * f + 1.0 / 24.0
-    series = series * f + 1.0 / 6.0
-    series = series * f + 1.0 / 2.0
-    series = series * f + 1.0
-    series = series * f + 1.0
-    return of_bits(bits_of(series) + int(np.int64(np.int32(n)) << _MANTISSA_BITS))
+    fraction = _series(f, _EXP_TERMS)
+    return of_bits(bits_of(fraction) + int(np.int64(np.int32(n)) << _MANTISSA_BITS))

@@ -36,8 +36,8 @@ class Buffer:
     """A buffer of some library.
 
     add: takes one step in the form that `step` gives it.
-    get: draws a batch of 256.
     fill: takes Columns and their priorities [N], None for a uniform buffer.
+    get: draws a batch of 256.
     step: turns obs, action, reward, done, next_obs into what `add` takes, outside of what is timed.
     update: sets the priorities of a batch of `get`.
     rows: the memory that a batch is gathered from, one row for each transition; ours only.
@@ -45,8 +45,8 @@ class Buffer:
     """
 
     add: Callable[[Any], Any]
-    get: Callable[[], Any]
     fill: Callable[[Columns, NDArray[np.float32] | None], Any]
+    get: Callable[[], Any] | None = None
     step: Callable[..., Any] = lambda *values: values
     update: Callable[[Any], Any] | None = None
     rows: torch.Tensor | None = None
@@ -169,8 +169,7 @@ def _served(size: int, num_envs: int, prioritized: bool) -> Buffer:
         client.close()
         server.stop()
 
-    get = client.sampler("replay", BATCH_SIZE).sample
-    return Buffer(add=lambda step: writer.add(*step), get=get, fill=fill, close=close)
+    return Buffer(add=lambda step: writer.add(*step), fill=fill, close=close)
 
 
 PRIORITIZED = {OURS: _rl_buffer, "cpprb": _cpprb, "torchrl": _torchrl}
