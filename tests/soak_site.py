@@ -69,10 +69,13 @@ class Site:
         self.server, self.board, self.client, self._group = server, Scoreboard(board), client, group
         self.audit = audit.TableAudit(self.board, "fresh", CAPACITY, 1)
         self._number = 0
-        self.bystanders = {}
+        self.bystanders, pids = {}, set()
         for role, options in EVERYBODY:
             more = {"pause_s": 0.003} | ({"num_envs": 8} if role == "writer" else {})
-            self.bystanders[role] = self.start(role, options | more)[0]
+            self.bystanders[role], pid = self.start(role, options | more)
+            pids.add(pid)
+        # One whose server is killed while it connects would leave for good.
+        eventually(lambda: pids <= {client["pid"] for client in self.client.info()["clients"]})
 
     def start(self, role, options, failpoint="", command="none"):
         """(number, pid) of another client."""
