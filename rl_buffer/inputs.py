@@ -17,8 +17,7 @@ from rl_buffer.spec import PATH_SEPARATOR
 
 LARGEST_NUMBER = 1e34  # of rewards and values: the sum of 1024 steps, the most n_step can be, is still a float32
 
-_PLAIN_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
-_BOOL = np.dtype(np.bool_)
+_FLOAT32, _FLOAT64, _BOOL = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.bool_)
 
 
 def as_count(argument: str, value: Any) -> int:
@@ -98,7 +97,11 @@ def copy_numbers(argument: str, target: NDArray[np.float64], value: Any, *, nan_
         target[0] = value
         if -LARGEST_NUMBER <= value <= LARGEST_NUMBER:
             return
-    elif value.__class__ is np.ndarray and value.shape == target.shape and value.dtype in _PLAIN_FLOATS:
+    elif (
+        value.__class__ is np.ndarray
+        and (value.dtype is _FLOAT32 or value.dtype is _FLOAT64)
+        and value.shape == target.shape
+    ):
         target[...] = value
     else:
         _copy(argument, target, value)
@@ -119,7 +122,7 @@ def as_flags(argument: str, value: Any, num_envs: int) -> NDArray[np.bool_]:
         if array.shape not in _same_rows((num_envs,)):
             raise InvalidInput(f"{argument} has shape {array.shape}, expected ({num_envs},)")
         array = array.reshape(num_envs)
-    if array.dtype == np.bool_:
+    if array.dtype == _BOOL:
         return array
     flags: NDArray[np.bool_] = array != 0
     if not ((array == 1) | ~flags).all():

@@ -143,13 +143,16 @@ class ReplayInput(ABC):
         )
         # The last thing that can refuse: after it the step is taken.
         if self.stats_tracker is not None:
-            self.stats_tracker.update(
-                staged.rewards,
-                staged.ended,
-                metrics=metrics,
-                done_reasons=done_reasons,
-                mask=None if staged.dummy is None else ~staged.dummy,
-            )
+            if metrics is None and done_reasons is None and staged.dummy is None:
+                self.stats_tracker.take(staged.rewards, staged.ended)
+            else:
+                self.stats_tracker.update(
+                    staged.rewards,
+                    staged.ended,
+                    metrics=metrics,
+                    done_reasons=done_reasons,
+                    mask=None if staged.dummy is None else ~staged.dummy,
+                )
         elif metrics or done_reasons:
             raise InvalidInput("metrics= and done_reasons= need a StatsTracker; give this buffer stats_tracker=")
         self._history.accept(staged)

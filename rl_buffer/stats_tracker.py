@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -22,8 +23,10 @@ LARGEST = 1e100
 # Steps between two calls of `drain` that lose nothing: an environment ends at most one episode a step.
 UNDRAINED_STEPS = 1024
 
+_NO_REASONS: frozenset[str] = frozenset()
 
-class Episode(msgspec.Struct, frozen=True, array_like=True):
+
+class Episode(msgspec.Struct, frozen=True, array_like=True, gc=False):  # in no cycle: it holds numbers and strings
     """One finished episode, as a writer sends it with its commit."""
 
     sequence: int  # episodes that the tracker had seen before this one
@@ -89,10 +92,12 @@ class StatsTracker:
         self.num_envs, self.window, self.category = num_envs, window, category
         self.extra_metrics_keys = tuple(extra_metrics_keys)
         self.done_reason_keys = tuple(done_reason_keys)
-        # Of the running episodes: the sum of each number, and the steps that gave it.
-        self._running = np.zeros((1 + len(extra_metrics_keys), 2, num_envs))
-        self._rewards, self._lengths = self._running[0]
-        self._metrics = dict(zip(extra_metrics_keys, self._running[1:], strict=True))
+        # Of the running episodes. A length is the difference of two times, of which one step changes but one.
+        self._num_steps = 0
+        self._begins = np.zeros(num_envs, np.int64)  # number of the first step, and one more for each that was masked
+        self._rewards = np.zeros(num_envs)
+        self._sums = np.zeros((len(extra_metrics_keys), 2, num_envs))  # of each metric, and the steps that gave it
+        self._metrics = dict(zip(extra_metrics_keys, self._sums, strict=True))
         self._everywhere = np.ones(num_envs, np.bool_)
         self._episodes: deque[Episode] = deque(maxlen=window)
         self._undrained: deque[Episode] = deque(maxlen=UNDRAINED_STEPS * num_envs)
@@ -131,7 +136,7 @@ class StatsTracker:
             truncated = truncateds is not None and self._scalar("truncateds", truncateds)
             _require_within("rewards[0]", reward, LARGEST)
             self._rewards[0] += reward
-            self._lengths[0] += 1
+            self._num_steps += 1
             if done or truncated:
                 self._finish(self._everywhere, {})
             return
@@ -146,17 +151,29 @@ class StatsTracker:
         metric_vectors = {k: self._numbers(k, values, happened) for k, values in (metrics or {}).items()}
         reasons = {k: self._vector(k, values, np.bool_) for k, values in (done_reasons or {}).items()}
 
-        self._rewards += reward_vector
-        self._lengths += happened
         for key, vector in metric_vectors.items():
             self._metrics[key][0] += vector
             self._metrics[key][1] += happened
+        if mask is not None:
+            self._begins += ~happened
+            ended = ended & happened
+        self.take(reward_vector, ended, reasons)
+
+    def take(
+        self,
+        rewards: NDArray[np.float64],
+        ended: NDArray[np.bool_],
+        reasons: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
+    ) -> None:
+        """As `update`, of arrays [E] that were checked before: a third of the time."""
+        self._rewards += rewards
+        self._num_steps += 1
         if np.count_nonzero(ended):  # 0.1 us, where ended.any() takes 1.5 us
-            self._finish(ended & happened, reasons)
+            self._finish(ended, reasons)
 
     def discard(self, mask: ArrayLike) -> None:
         """Drop the running episodes where `mask`, (E,) or (E, 1) bool: those were reset by hand."""
-        self._running[..., self._vector("mask", mask, np.bool_)] = 0
+        self._forget(self._vector("mask", mask, np.bool_))
 
     def drain(self) -> list[Episode]:
         """Return the episodes that `update` finished since the last call; the statistics keep them.
@@ -276,14 +293,26 @@ class StatsTracker:
         return merged
 
     def _finish(self, ended: NDArray[np.bool_], reasons: Mapping[str, NDArray[np.bool_]]) -> None:
-        for env in np.flatnonzero(ended).tolist():
-            (reward, length), *sums = self._running[..., env].tolist()
-            metrics = {k: total / n for k, (total, n) in zip(self.extra_metrics_keys, sums, strict=True) if n}
-            held = frozenset(key for key, values in reasons.items() if values[env])
-            episode = Episode(self._lifetime.count, reward, int(length), metrics, held)
+        # One by one, as there are few.
+        for env in ended.nonzero()[0].tolist():
+            metrics, held = {}, _NO_REASONS
+            if self.extra_metrics_keys:
+                sums = zip(self.extra_metrics_keys, self._sums[..., env].tolist(), strict=True)
+                metrics = {key: total / n for key, (total, n) in sums if n}
+            if reasons:
+                held = frozenset(key for key, values in reasons.items() if values[env])
+            length = self._num_steps - self._begins.item(env)
+            episode = Episode(self._lifetime.count, self._rewards.item(env), length, metrics, held)
             self._append(episode)
             self._undrained.append(episode)
-        self._running[..., ended] = 0
+            self._forget(env)
+
+    def _forget(self, which: int | NDArray[np.bool_]) -> None:
+        """Begin anew in these environments."""
+        self._rewards[which] = 0
+        self._begins[which] = self._num_steps
+        if self.extra_metrics_keys:
+            self._sums[..., which] = 0
 
     def _append(self, episode: Episode) -> None:
         self._episodes.append(episode)
@@ -309,10 +338,9 @@ class StatsTracker:
         numbers = self._vector(name, value, np.float64)
         if happened is not self._everywhere:
             numbers = np.where(happened, numbers, 0.0)
-        within = np.abs(numbers) <= LARGEST
-        if np.count_nonzero(within) < len(within):
-            env = int(within.argmin())
-            _require_within(f"{name}[{env}]", float(numbers[env]), LARGEST)
+        if not np.vdot(numbers, numbers) <= LARGEST**2:  # NaN fails too
+            for env, number in enumerate(numbers.tolist()):
+                _require_within(f"{name}[{env}]", number, LARGEST)
         return numbers
 
 

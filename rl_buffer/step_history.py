@@ -68,22 +68,20 @@ class StepHistory(ABC, Generic[Items]):
         shape = (capacity, num_envs)
         self._rewards = np.zeros(shape)
         # Of the steps to come these have what most steps have, so that a step in which nothing ends writes none.
-        self._terminated = np.zeros(shape, np.bool_)
-        self._truncated = np.zeros(shape, np.bool_)
-        self._cut = np.zeros(shape, np.bool_)  # nothing is joined across: ends and manual resets
-        self._dummy = np.zeros(shape, np.bool_)  # next_step mode: the step after an end did not happen
+        self._flags = np.zeros((4, *shape), np.bool_)
+        self._terminated, self._truncated, cut, dummy = self._flags
+        self._cut = cut  # nothing is joined across: ends and manual resets
+        self._dummy = dummy  # next_step mode: the step after an end did not happen
         self._startable = np.ones(shape, np.bool_)  # real, and not emitted yet
-        self._q_taken = np.full(shape, _UNKNOWN)
-        self._state_values = np.full(shape, _UNKNOWN)
-        self._final_values = np.full(shape, _UNKNOWN)
-        self._priorities = np.full(shape, _UNKNOWN)
-        self._defaults = [
-            *((array, False) for array in (self._terminated, self._truncated, self._cut, self._dummy)),
-            (self._startable, True),
-            *((array, _UNKNOWN) for array in (self._q_taken, self._state_values, self._final_values, self._priorities)),
-        ]
-        arrays = [array for array in vars(self).values() if isinstance(array, np.ndarray)]
-        self._arrays = [*self._leaves.values(), *arrays]
+        self._values = np.full((4, *shape), _UNKNOWN)
+        self._q_taken, self._state_values, self._final_values, self._priorities = self._values
+        by_step = (array.swapaxes(0, 1) for array in (self._flags, self._values))
+        self._by_step = [
+            *self._step_leaves.blocks,
+            self._rewards,
+            self._startable,
+            *by_step,
+        ]  # all of it, [capacity, ...]
         self._previous_ended = np.zeros(num_envs, np.bool_)
         self._any_previous_ended = False
         # What `stage` returns where nothing ends.
@@ -257,6 +255,9 @@ class StepHistory(ABC, Generic[Items]):
     def copy_rows(self, items: Items, views: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
         """Write the items into `rows` [N] of the leaf views of a table."""
 
+    def let_go(self) -> None:  # noqa: B027
+        """Hold no memory of a table any more."""
+
     @abstractmethod
     def emitted(self, items: Items) -> None:
         """Forget what `complete` returned last, and every step that nothing needs any more."""
@@ -288,22 +289,24 @@ class StepHistory(ABC, Generic[Items]):
         for path, leaf in self._leaves.items():
             yield f"leaves/{path}", leaf
         for name, value in vars(self).items():
-            if isinstance(value, np.ndarray) and value is not self._nowhere:
+            if isinstance(value, np.ndarray) and value.base is None and value is not self._nowhere:
                 yield name.lstrip("_"), value
 
     def _forget(self, num_steps: int) -> None:
         """Drop the oldest steps."""
         kept = self.num_steps - num_steps
         if num_steps and kept:
-            for array in self._arrays:
+            for array in self._by_step:
                 array[:kept] = array[num_steps : self.num_steps]
-        self._clear(kept, self.num_steps)
+        self._clear(kept, self.num_steps + 1)  # one more was perhaps staged, and refused
         self.num_steps = kept
 
     def _clear(self, start: int, stop: int) -> None:
         """Make these rows ready for steps to come."""
-        for array, default in self._defaults:
-            array[start:stop] = default
+        self._flags[:, start:stop] = False
+        self._startable[start:stop] = True
+        if self._any_values or self._values_staged:
+            self._values[:, start:stop] = _UNKNOWN
 
     def _stage_recurrent_state(self, recurrent_state: Any) -> None:
         if recurrent_state is None:

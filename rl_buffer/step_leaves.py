@@ -18,27 +18,26 @@ Copy = Callable[[int, Any], None]  # of one step's value into that step's row
 
 
 class StepLeaves:
-    """Leaves by path, [capacity, E, *shape] each.
+    """Leaves by path, [capacity, E, *shape] each; every one can be flattened to [capacity * E, *shape] in place.
 
-    Those of one float dtype lie side by side within a step, so that one product says whether a step is finite: 0.3 us
-    for an observation, the next one and an action, where one for each took 1.2.
+    Those of one float dtype lie side by side, so that one product says whether a step is finite: 0.3 us for an
+    observation, the next one and an action, where one for each took 1.2.
     """
 
     def __init__(self, fields: Mapping[str, Field], capacity: int, num_envs: int) -> None:
         self.arrays: dict[str, NDArray[Any]] = {}
+        self.blocks: list[NDArray[Any]] = []  # [capacity, E, elements] of each dtype: all that the leaves are parts of
         self._leaves: list[tuple[str, NDArray[Any]]] = []  # those that have a copier, with their names in messages
-        self._floats: list[list[NDArray[Any]]] = []  # of each float dtype the steps' rows, flat
         by_dtype: dict[str, list[str]] = {}
         for path, field in fields.items():
             by_dtype.setdefault(field.dtype, []).append(path)
         for dtype, paths in by_dtype.items():
-            shapes = [(num_envs, *fields[path].shape) for path in paths]
-            stops = np.cumsum([math.prod(shape) for shape in shapes]).tolist()
-            block = np.zeros((capacity, stops[-1]), dtype)
-            for path, shape, stop in zip(paths, shapes, stops, strict=True):
-                self.arrays[path] = block[:, stop - math.prod(shape) : stop].reshape(capacity, *shape)
-            if block.dtype.kind == "f":
-                self._floats.append(list(block))
+            stops = np.cumsum([math.prod(fields[path].shape) for path in paths]).tolist()
+            block = np.zeros((capacity, num_envs, stops[-1]), dtype)
+            for start, stop, path in zip((0, *stops), stops, paths, strict=False):
+                self.arrays[path] = block[..., start:stop].reshape(capacity, num_envs, *fields[path].shape)
+            self.blocks.append(block)
+        self._floats = [list(block.reshape(capacity, -1)) for block in self.blocks if block.dtype.kind == "f"]
 
     def copier(self, argument: str, name: str) -> Copy:
         """What copies an array, or a mapping of arrays, into a step of the leaves of the tree `name`.
@@ -76,6 +75,19 @@ class StepLeaves:
             if not math.isfinite(np.vdot(row, row)):
                 for argument, leaf in self._leaves:
                     require_finite(argument, leaf[step])
+
+
+def as_bytes(array: NDArray[Any], ndim: int) -> NDArray[np.uint8]:
+    """View an array whose first `ndim` dimensions can be flattened, [*N, *shape], as [N, bytes]."""
+    return array.reshape(math.prod(array.shape[:ndim]), -1).view(np.uint8)
+
+
+def joined(block: NDArray[np.uint8], follower: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
+    """One view [N, bytes] of two that lie side by side in the same rows; None if they do not."""
+    num_bytes = block.shape[1]
+    if follower.ctypes.data - block.ctypes.data != num_bytes or follower.strides != block.strides:
+        return None
+    return np.lib.stride_tricks.as_strided(block, (len(block), num_bytes + follower.shape[1]))
 
 
 class _Leaf:

@@ -25,17 +25,19 @@ from rl_buffer.replay_input import CopyRows, ReplayInput
 from rl_buffer.stats_tracker import Episode, StatsTracker
 from rl_buffer.tables import ReplayTable, StatsConfig
 
-_CHUNK_TRANSITIONS = 64
-_CHUNK_STEPS = 32  # a message costs 0.4 ms and an `add` of 64 environments 18 us: eight steps would cost 65 us each
+_CHUNK_STEPS = 64
 _CHUNK_NBYTES = 1 << 20
 _HEADROOM_SHARE = 8  # a writer holds two chunks: four of them fit
 
 
 def default_chunk_size(table: ReplayTable, num_envs: int) -> int:
-    """Transitions per message of a writer that was not told: more than 64 where they are small and there is room."""
+    """Transitions per message of a writer that was not told: 64 steps, fewer where they are large or room is scarce.
+
+    A message costs its writer 0.2 to 0.4 ms, an `add` of 64 environments 10 us: twice as many steps would save 3%.
+    """
     assert table.headroom is not None
     most = min(_CHUNK_NBYTES // table.layout.stride_nbytes, table.headroom // _HEADROOM_SHARE)
-    return max(_CHUNK_TRANSITIONS, min(_CHUNK_STEPS * num_envs, most))
+    return max(_CHUNK_STEPS, min(_CHUNK_STEPS * num_envs, most))
 
 
 class ReplayWriter(ReplayInput, ChannelUser):
@@ -86,6 +88,7 @@ class ReplayWriter(ReplayInput, ChannelUser):
 
     def _rescue(self) -> None:
         self._outbox.rescue()
+        self._history.let_go()
 
     def _make_room(self) -> None:
         if self._closed:

@@ -727,7 +727,7 @@ def test_ten_thousand_steps_are_kept_in_the_memory_of_a_few():
             history.emitted(spans)
     # T - 1 steps that wait, T / 4 that are not worth moving, and a chunk
     assert history.capacity == 7 + 2 + 3
-    assert {len(array) for array in history._arrays} == {history.capacity}
+    assert {len(array) for array in history._by_step} == {history.capacity}
     assert num_items == pytest.approx(10_000 / 2 + 10_000 / 15 * 6, rel=0.01)
     emit(history, close=True)
 

@@ -20,12 +20,17 @@ def episode(reward, length=1, **fields):
     return Episode(0, float(reward), length, **fields)
 
 
+def running_of(tracker):
+    """Reward, length and metrics of each environment's running episode."""
+    return np.vstack((tracker._rewards, tracker._num_steps - tracker._begins, *tracker._sums))
+
+
 def state_of(tracker):
     """Everything that a refused call must leave as it was."""
     return (
         tracker.get_statistics(),
         tracker.get_raw_values(),
-        tracker._running.tolist(),
+        running_of(tracker).tolist(),
         list(tracker._undrained),
     )
 
@@ -225,7 +230,7 @@ def test_any_shape_but_one_per_environment_is_refused_by_name(name, shape):
     metrics, reasons = {"speed": arguments.pop("speed")}, {"fell": arguments.pop("fell")}
     with pytest.raises(InvalidInput, match=rf"{name} has shape"):
         tracker.update(**arguments, metrics=metrics, done_reasons=reasons)
-    assert not tracker._running.any()
+    assert not running_of(tracker).any()
 
 
 @pytest.mark.parametrize("name", ["rewards", "dones", "truncateds"])
@@ -235,7 +240,7 @@ def test_one_environment_refuses_the_wrong_shape_too(name, shape):
     arguments = {"rewards": 1.0, "dones": False, "truncateds": False, name: np.ones(shape)}
     with pytest.raises(InvalidInput, match=rf"{name} has shape"):
         tracker.update(**arguments)
-    assert not tracker._running.any()
+    assert not running_of(tracker).any()
 
 
 @pytest.mark.parametrize("argument", ["metrics", "done_reasons"])
@@ -243,7 +248,7 @@ def test_unknown_keys_are_refused(argument):
     tracker = StatsTracker(2, extra_metrics_keys=["speed"], done_reason_keys=["fell"])
     with pytest.raises(InvalidInput, match=rf"{argument} has keys \['rewards'\]"):
         tracker.update([1, 1], [True, True], **{argument: {"rewards": [1, 1]}})
-    assert not tracker._running.any()
+    assert not running_of(tracker).any()
 
 
 @pytest.mark.parametrize(
