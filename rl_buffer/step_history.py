@@ -255,7 +255,7 @@ class StepHistory(ABC, Generic[Items]):
     def copy_rows(self, items: Items, views: Mapping[str, NDArray[Any]], rows: NDArray[np.int64]) -> None:
         """Write the items into `rows` [N] of the leaf views of a table."""
 
-    def let_go(self) -> None:  # noqa: B027
+    def let_go(self) -> None:
         """Hold no memory of a table any more."""
 
     @abstractmethod
