@@ -78,7 +78,7 @@ def assemble(
     `startable[first, envs]`; of the history it must keep the steps from the earliest start that is left.
     An autoreset dummy is not startable and the step before it is a cut, so no window contains one.
 
-    O(n_step * H * E) in NumPy: 26 us for H = 67, E = 1, n_step = 3; 72 us for E = 64.
+    O(n_step * H * E) in NumPy: 25 us for H = 67, E = 1, n_step = 3; 70 us for E = 64.
 
     Args:
         rewards: [H, E] float; H steps of E environments, the oldest first.
@@ -107,21 +107,21 @@ def assemble(
     num_envs, size = rewards.shape[1], rewards.size
     terminated, truncated, cut, startable = (flags.reshape(-1) for flags in (terminated, truncated, cut, startable))
     sums, counts = _grow(rewards.reshape(-1), cut, startable, n_step, gamma, num_envs)
-    # Mostly every step begins a window: then nothing need be picked.
-    starts = np.arange(size) if np.count_nonzero(startable) == size else np.flatnonzero(startable)
-    if len(starts) < size:
-        sums, counts = sums.take(starts), counts.take(starts)
-    ends = starts if n_step == 1 else starts + (counts - 1) * num_envs
+    numbers = np.arange(size)
+    ends = numbers if n_step == 1 else numbers + (counts - 1) * num_envs
+    complete = startable
     if not close:
-        complete = np.ones(len(starts), np.bool_) if n_step == 1 else (counts == n_step) | cut.take(ends)
+        if n_step > 1:
+            complete = complete & ((counts == n_step) | cut.take(ends))
         if needs_next is not False:
             has_next = ends < size - num_envs
-            complete &= has_next if needs_next is True else has_next | ~np.reshape(needs_next, -1).take(ends)
-        num_complete = np.count_nonzero(complete)
-        if num_complete < len(starts):
-            kept = np.flatnonzero(complete)
-            starts, ends, counts = (array.take(kept) for array in (starts, ends, counts))
-            sums = sums.take(kept)
+            complete = complete & (
+                has_next if needs_next is True else has_next | ~np.reshape(needs_next, -1).take(ends)
+            )
+    starts = numbers
+    if np.count_nonzero(complete) < size:
+        starts = np.flatnonzero(complete)
+        ends, sums, counts = ends.take(starts), sums.take(starts), counts.take(starts)
     ended = terminated.take(ends)
     discounts = (gamma ** np.arange(n_step + 1.0)).astype(np.float32).take(counts)
     discounts[ended] = 0.0

@@ -195,6 +195,8 @@ class StepHistory(ABC, Generic[Items]):
         if staged.dummy is not None:
             self._dummy[step] = staged.dummy
             self._startable[step] = ~staged.dummy
+        if not self._checks_resets and self._autoreset != "next_step":  # nobody will ask
+            return
         self._previous_ended[:] = staged.ended
         self._any_previous_ended = bool(np.count_nonzero(staged.ended))
         if self._checks_resets and self._any_previous_ended:

@@ -110,11 +110,11 @@ class _Leaf:
     def copy(self, step: int, value: Any) -> None:
         if value.__class__ is np.ndarray and value.dtype is self._dtype:
             shape = value.shape
-            if shape == self._shape:
-                self._rows[step][...] = value
-                return
             if shape == self._single_shape:
                 self._single_rows[step][...] = value
+                return
+            if shape == self._shape:
+                self._rows[step][...] = value
                 return
         elif value.__class__ is self._scalar and 0 <= value < 128:  # which every integer dtype holds
             self._rows[step][0] = value
