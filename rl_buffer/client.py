@@ -160,7 +160,7 @@ class Client:
             autoreset: "next_step", "same_step", "disabled", or None: rows are stored as given. Overrides `envs`; with
                 `num_envs` above 1 it must be said, because a dummy step of next_step mode looks like any other.
             chunk_size: transitions per message; less for a table that is smaller. Smaller is fresher, larger is
-                cheaper; `flush` sends at once. None: 64 steps, but of several environments no more than 1 MiB and an
+                cheaper; `flush` sends at once. None: 96 steps, but above 64 transitions no more than 1 MiB and an
                 eighth of the table's headroom.
             timeout_s: deadline of `add` when the table takes no rows, by default the client's.
 

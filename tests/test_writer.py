@@ -103,16 +103,16 @@ def test_a_full_chunk_is_published_without_a_flush(client, eventually):
 @pytest.mark.parametrize(
     ("obs_nbytes", "headroom", "num_envs", "expected"),
     [
-        (40, 100_000, 1, 64),
-        (40, 100_000, 2, 128),
-        (40, 100_000, 64, 4_096),
+        (40, 100_000, 1, 96),
+        (40, 100_000, 2, 192),
+        (40, 100_000, 64, 6_144),
         (40, 2_000, 64, 250),  # of a small headroom no more than an eighth
         (40, 100, 64, 64),
         (3_900, 100_000, 100, 133),  # rows of 7,872 B, as many as 1 MiB holds
         (28_224, 100_000, 64, 64),
     ],
 )
-def test_a_chunk_is_64_steps_of_several_environments_where_they_are_small(obs_nbytes, headroom, num_envs, expected):
+def test_a_chunk_is_96_steps_where_they_are_small(obs_nbytes, headroom, num_envs, expected):
     spec = rb.TransitionSpec(obs=rb.Field((obs_nbytes,), "uint8"), action=rb.Field((), "int64"))
     table = rb.ReplayTable(spec, 1_000_000, headroom=headroom)
     assert default_chunk_size(table, num_envs) == expected
