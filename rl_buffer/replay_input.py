@@ -144,7 +144,7 @@ class ReplayInput(ABC):
         # The last thing that can refuse: after it the step is taken.
         if self.stats_tracker is not None:
             if metrics is None and done_reasons is None and staged.dummy is None:
-                self.stats_tracker.take(staged.rewards, staged.ended)
+                self.stats_tracker.take(staged.rewards, None if staged.is_quiet else staged.ended)
             else:
                 self.stats_tracker.update(
                     staged.rewards,

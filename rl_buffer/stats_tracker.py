@@ -162,13 +162,13 @@ class StatsTracker:
     def take(
         self,
         rewards: NDArray[np.float64],
-        ended: NDArray[np.bool_],
+        ended: NDArray[np.bool_] | None,
         reasons: Mapping[str, NDArray[np.bool_]] = MappingProxyType({}),
     ) -> None:
-        """As `update`, of arrays [E] that were checked before: a third of the time."""
+        """As `update`, of arrays [E] that were checked before: a third of the time. Without `ended` nothing ends."""
         self._rewards += rewards
         self._num_steps += 1
-        if np.count_nonzero(ended):  # 0.1 us, where ended.any() takes 1.5 us
+        if ended is not None:
             self._finish(ended, reasons)
 
     def discard(self, mask: ArrayLike) -> None:

@@ -39,6 +39,7 @@ class StagedStep(NamedTuple):
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
     dummy: NDArray[np.bool_] | None  # next_step mode: where nothing happened; None: nowhere
+    is_quiet: bool = False  # nothing ends, and nothing is a dummy
 
 
 class StepHistory(ABC, Generic[Items]):
@@ -88,7 +89,8 @@ class StepHistory(ABC, Generic[Items]):
         self._nowhere = np.zeros(num_envs, np.bool_)
         self._nowhere.flags.writeable = False
         self._uneventful = [
-            StagedStep(rewards, self._nowhere, self._nowhere, self._nowhere, None) for rewards in self._rewards
+            StagedStep(rewards, self._nowhere, self._nowhere, self._nowhere, None, is_quiet=True)
+            for rewards in self._rewards
         ]
         # Of the last ends, in the first leaf of the observation: to notice that environments reset in another way.
         self._first_obs, self._first_next_obs = (next(iter(leaves.values())) for leaves in (self._obs, self._next_obs))
@@ -154,7 +156,7 @@ class StepHistory(ABC, Generic[Items]):
             self._stage_final_observations(staged.ended, infos)
         if not self._any_previous_ended:
             return staged
-        rewards, ended, terminateds, truncateds, _ = staged
+        rewards, ended, terminateds, truncateds, *_ = staged
         if self._checks_resets:
             self._check_resets(rewards)
         if self._autoreset != "next_step":
@@ -178,7 +180,7 @@ class StepHistory(ABC, Generic[Items]):
     def accept(self, staged: StagedStep) -> None:
         """Take the staged step for good."""
         step = self.num_steps
-        if staged is self._uneventful[step]:
+        if staged.is_quiet:
             if self._any_previous_ended:
                 self._any_previous_ended = False
                 self._previous_ended[:] = False
