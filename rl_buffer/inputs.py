@@ -105,7 +105,11 @@ def copy_numbers(argument: str, target: NDArray[np.float64], value: Any, *, nan_
         target[...] = value
     else:
         _copy(argument, target, value)
-    if not np.vdot(target, target) <= LARGEST_NUMBER**2:  # NaN fails too
+    try:
+        is_small = target.dot(target) <= LARGEST_NUMBER**2  # NaN fails too
+    except RuntimeWarning:  # more than 1e154, where warnings are errors
+        is_small = False
+    if not is_small:
         bad = np.flatnonzero(~(np.abs(target) <= LARGEST_NUMBER) & ~(nan_is_unknown & np.isnan(target)))
         if len(bad):
             raise InvalidInput(

@@ -37,7 +37,12 @@ class StepLeaves:
             for start, stop, path in zip((0, *stops), stops, paths, strict=False):
                 self.arrays[path] = block[..., start:stop].reshape(capacity, num_envs, *fields[path].shape)
             self.blocks.append(block)
-        self._floats = [list(block.reshape(capacity, -1)) for block in self.blocks if block.dtype.kind == "f"]
+        # The rows of each block of floats, and numbers so small that no sum of products with them overflows.
+        self._floats = [
+            (list(rows), np.full(rows.shape[1], 2.0**-64, rows.dtype))
+            for rows in (block.reshape(capacity, -1) for block in self.blocks)
+            if rows.dtype.kind == "f"
+        ]
 
     def copier(self, argument: str, name: str) -> Copy:
         """What copies an array, or a mapping of arrays, into a step of the leaves of the tree `name`.
@@ -68,11 +73,13 @@ class StepLeaves:
         Raises:
             InvalidInput: which leaf, which element.
         """
-        for rows in self._floats:
-            row = rows[step]
-            # A sum of squares is finite unless an element is not or is huge; only then look at each one. (Not `dot`,
-            # which warns where the sum overflows.)
-            if not math.isfinite(np.vdot(row, row)):
+        for rows, small in self._floats:
+            # Such a sum is finite unless an element is not. 0.4 us, where to ask every element takes 1.5.
+            try:
+                is_finite = math.isfinite(rows[step].dot(small))
+            except RuntimeWarning:  # infinities of both signs, where warnings are errors
+                is_finite = False
+            if not is_finite:
                 for argument, leaf in self._leaves:
                     require_finite(argument, leaf[step])
 

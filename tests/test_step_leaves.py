@@ -1,7 +1,10 @@
+import warnings
+
 import numpy as np
 import pytest
 
 from rl_buffer.errors import InvalidInput
+from rl_buffer.inputs import copy_numbers
 from rl_buffer.samplers import Prioritized
 from rl_buffer.spec import Field, TransitionSpec
 from rl_buffer.step_leaves import StepLeaves
@@ -53,6 +56,27 @@ def test_numbers_whose_squares_overflow_are_finite_all_the_same():
     steps, copy_obs, _ = leaves()
     copy_obs(0, {"a": np.full(2, 3e38, np.float32), "b": 1e300})
     steps.require_finite(0)
+
+
+@pytest.mark.parametrize("warnings_are", ["error", "ignore"])
+def test_infinities_of_both_signs_do_not_make_up_for_each_other(warnings_are):
+    steps, copy_obs, _ = leaves()
+    copy_obs(0, {"a": np.array([np.inf, -np.inf], np.float32), "b": 1.0})
+    with (
+        warnings.catch_warnings(action=warnings_are),
+        pytest.raises(InvalidInput, match=r"obs\['a'\] is inf at \(0, 0\)"),
+    ):
+        steps.require_finite(0)
+
+
+@pytest.mark.parametrize("warnings_are", ["error", "ignore"])
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan, 1e200, -2e34])
+def test_a_number_that_is_too_large_is_refused(bad, warnings_are):
+    with (
+        warnings.catch_warnings(action=warnings_are),
+        pytest.raises(InvalidInput, match=r"reward is .* at \(1,\); expected finite numbers within"),
+    ):
+        copy_numbers("reward", np.zeros(3), np.array([1.0, bad, 2.0]))
 
 
 def test_a_missing_branch_is_named():
