@@ -152,8 +152,7 @@ class Connection:
         self.guard.check()
         if self._abandoned:
             raise server_lost(self.address)
-        if self._closed:  # as `_check_open`, for each `add`
-            self._check_open()
+        self._check_open()
 
     def check_server(self) -> None:
         """As `check`, and ServerLost if the server's process ended. 0.5 us."""

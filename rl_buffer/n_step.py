@@ -37,7 +37,7 @@ class Windows:
 
     def __getitem__(self, part: slice) -> "Windows":
         """Some of them, in their order."""
-        if part.start == 0 and part.stop >= len(self):
+        if part.indices(len(self)) == (0, len(self), 1):
             return self
         arrays = (getattr(self, field.name)[part] for field in fields(self)[1:])
         return Windows(self.num_envs, *arrays)

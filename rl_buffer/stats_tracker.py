@@ -130,7 +130,7 @@ class StatsTracker:
             InvalidInput: wrong shape, unknown key, NaN or a number beyond 1e100. Nothing has changed.
         """
         if self.num_envs == 1 and metrics is None and done_reasons is None and mask is None:
-            # 0.9 us with Python numbers, 1.3 us with arrays of one element; the general path takes 5 us:
+            # 0.5 us with Python numbers, 1.1 us with arrays of one element; the general path takes 3 us:
             # python -m timeit -s "import rl_buffer.stats_tracker as s; t = s.StatsTracker()" "t.update(1.0, False)"
             reward, done = self._scalar("rewards", rewards), self._scalar("dones", dones)
             truncated = truncateds is not None and self._scalar("truncateds", truncateds)

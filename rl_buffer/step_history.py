@@ -76,13 +76,9 @@ class StepHistory(ABC, Generic[Items]):
         self._startable = np.ones(shape, np.bool_)  # real, and not emitted yet
         self._values = np.full((4, *shape), _UNKNOWN)
         self._q_taken, self._state_values, self._final_values, self._priorities = self._values
+        # All of it, [capacity, ...].
         by_step = (array.swapaxes(0, 1) for array in (self._flags, self._values))
-        self._by_step = [
-            *self._step_leaves.blocks,
-            self._rewards,
-            self._startable,
-            *by_step,
-        ]  # all of it, [capacity, ...]
+        self._by_step = [*self._step_leaves.blocks, self._rewards, self._startable, *by_step]
         self._previous_ended = np.zeros(num_envs, np.bool_)
         self._any_previous_ended = False
         # What `stage` returns where nothing ends.
@@ -309,8 +305,7 @@ class StepHistory(ABC, Generic[Items]):
         """Make these rows ready for steps to come."""
         self._flags[:, start:stop] = False
         self._startable[start:stop] = True
-        if self._any_values or self._values_staged:
-            self._values[:, start:stop] = _UNKNOWN
+        self._values[:, start:stop] = _UNKNOWN
 
     def _stage_recurrent_state(self, recurrent_state: Any) -> None:
         if recurrent_state is None:

@@ -86,7 +86,9 @@ class StepLeaves:
 
 def as_bytes(array: NDArray[Any], ndim: int) -> NDArray[np.uint8]:
     """View an array whose first `ndim` dimensions can be flattened, [*N, *shape], as [N, bytes]."""
-    return array.reshape(math.prod(array.shape[:ndim]), -1).view(np.uint8)
+    flat = array.reshape(math.prod(array.shape[:ndim]), -1).view(np.uint8)
+    assert np.may_share_memory(flat, array)
+    return flat
 
 
 def joined(block: NDArray[np.uint8], follower: NDArray[np.uint8]) -> NDArray[np.uint8] | None:
