@@ -283,6 +283,7 @@ class StepHistory(ABC, Generic[Items]):
             array[...] = arrays[name]
         self._any_previous_ended = bool(np.count_nonzero(self._previous_ended))
         self.num_steps, self._any_values = num_steps, any_values
+        self._values_staged = True  # perhaps there: to be cleared with the rest
         self._clear(num_steps, self.capacity)
 
     def _named_arrays(self) -> Iterator[tuple[str, NDArray[Any]]]:
@@ -305,7 +306,8 @@ class StepHistory(ABC, Generic[Items]):
         """Make these rows ready for steps to come."""
         self._flags[:, start:stop] = False
         self._startable[start:stop] = True
-        self._values[:, start:stop] = _UNKNOWN
+        if self._any_values or self._values_staged:
+            self._values[:, start:stop] = _UNKNOWN
 
     def _stage_recurrent_state(self, recurrent_state: Any) -> None:
         if recurrent_state is None:
