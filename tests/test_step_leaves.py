@@ -85,23 +85,36 @@ def test_a_missing_branch_is_named():
         copy_obs(0, {"a": np.ones(2, np.float32)})
 
 
-def test_a_refused_step_leaves_no_priority_to_the_step_that_comes_instead():
+@pytest.fixture
+def history():
     spec = TransitionSpec(Field((1,), "float32"), Field((), "int64"))
-    table = ReplayTable(spec, 8, sampler=Prioritized(), n_step=1)
-    history = TransitionHistory(table, 1, None, 4)
+    return TransitionHistory(ReplayTable(spec, 8, sampler=Prioritized(), n_step=1), 1, None, 4)
 
-    def stage(priority=None, infos=None, done=False):
-        obs = np.ones(1, np.float32)
-        return history.stage(obs, 0, 1.0, done, obs, None, None, priority, None, None, None, None, infos, None)
 
+def stage(history, priority=None, infos=None, done=False):
+    obs = np.ones(1, np.float32)
+    return history.stage(obs, 0, 1.0, done, obs, None, None, priority, None, None, None, None, infos, None)
+
+
+def test_a_refused_step_leaves_no_priority_to_the_step_that_comes_instead(history):
     with pytest.raises(InvalidInput, match="priority must be >= 0"):
-        stage(priority=-3.0)
-    history.accept(stage(priority=2.0))
-    stage(priority=5.0, done=True)  # and whoever staged it refused it
-    history.accept(stage())
+        stage(history, priority=-3.0)
+    history.accept(stage(history, priority=2.0))
+    stage(history, priority=5.0, done=True)  # and whoever staged it refused it
+    history.accept(stage(history))
     items = history.complete(close=True)
     np.testing.assert_array_equal(history.td_errors(items), [2.0, np.nan])
     assert not items.terminated.any()
+
+
+def test_nor_to_a_step_that_comes_after_the_next_items(history):
+    for _ in range(2):
+        history.accept(stage(history, priority=2.0))
+    stage(history, priority=5.0)  # in the third place, and refused by whoever staged it
+    history.emitted(history.complete(close=False))
+    for _ in range(3):
+        history.accept(stage(history))
+    np.testing.assert_array_equal(history.td_errors(history.complete(close=True)), [np.nan] * 3)
 
 
 def test_steps_after_an_emptied_history_begin_as_the_first_ones_did():
