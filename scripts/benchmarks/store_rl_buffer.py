@@ -51,9 +51,9 @@ class RLBufferStore:
         import rl_buffer as rb
 
         client = rb.connect(address, _TIMEOUT_S, "writer")
-        # A message costs its writer and the server as much as writing hundreds of small rows, and interrupts whoever has
-        # the core. With 400 rows each, 8 writers add 1.7 M rows a second instead of 3.5 M, and take 27 % instead of 11 %
-        # of what the learner gets for its CPU time; the server takes twice as much of a core at the paper's load.
+        # A message costs its writer and the server as much as writing hundreds of small rows, and interrupts whoever
+        # has the core. With 400 rows each, 8 writers add 1.7 M rows a second instead of 3.5 M, and take 27 % instead of
+        # 11 % of what the learner gets for its CPU time; the server takes twice as much of a core at the paper's load.
         row_nbytes = client.tables["replay"].layout.stride_nbytes
         chunk_size = max(load.rows_per_add, min(_MOST_ROWS_PER_MESSAGE, _NBYTES_PER_MESSAGE // row_nbytes))
         writer = client.writer(
