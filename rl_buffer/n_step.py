@@ -17,7 +17,7 @@ FloatArray = NDArray[np.floating]
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """N transitions that can be emitted now, sorted by (first, env). All arrays are [N].
+    """N transitions that can be emitted now, sorted by first step, then environment. All arrays are [N].
 
     Where a window begins and ends are numbers into the flattened history: step * E + env.
     """
@@ -25,7 +25,7 @@ class Windows:
     num_envs: int  # E
     starts: NDArray[np.int64]  # whose obs and action the transition takes
     ends: NDArray[np.int64]  # whose next_obs and flags it takes; starts <= ends
-    rewards: NDArray[np.float32]  # sum of gamma^k * reward[first + k], 0 <= k < n_steps, added up in float64
+    rewards: NDArray[np.float32]  # sum of gamma^k * reward[start + k], 0 <= k < n_steps, added up in float64
     n_steps: NDArray[np.int32]  # steps actually summed, 1..n_step
     discounts: NDArray[np.float32]  # gamma^n_steps * (1 - terminated)
     terminated: BoolArray  # of the last step
@@ -41,21 +41,6 @@ class Windows:
             return self
         arrays = (getattr(self, field.name)[part] for field in fields(self)[1:])
         return Windows(self.num_envs, *arrays)
-
-    @property
-    def first(self) -> NDArray[np.int64]:
-        """First step of each."""
-        return self.starts // self.num_envs
-
-    @property
-    def last(self) -> NDArray[np.int64]:
-        """Last step of each."""
-        return self.ends // self.num_envs
-
-    @property
-    def envs(self) -> NDArray[np.int64]:
-        """Column of the history of each."""
-        return self.starts % self.num_envs
 
 
 def assemble(
@@ -75,7 +60,7 @@ def assemble(
     A window takes the steps from its start up to the first cut, or up to n_step steps. If the history
     ends before either it stays open and is left for a later call. So tails (n_steps < n_step) come out at
     every cut and nothing crosses one. No start comes out twice if the caller then clears
-    `startable[first, envs]`; of the history it must keep the steps from the earliest start that is left.
+    `startable` at the starts; of the history it must keep the steps from the earliest start that is left.
     An autoreset dummy is not startable and the step before it is a cut, so no window contains one.
 
     O(n_step * H * E) in NumPy: 25 us for H = 67, E = 1, n_step = 3; 70 us for E = 64.

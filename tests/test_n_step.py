@@ -33,10 +33,21 @@ def windows_of(rewards, *, terminated=(), truncated=(), resets=(), dummies=(), e
     )
 
 
+def steps_and_envs(numbers, windows):
+    """Where the numbers of `starts` or `ends` are in the history [H, E]."""
+    return numbers // windows.num_envs, numbers % windows.num_envs
+
+
+def last_steps(windows):
+    return steps_and_envs(windows.ends, windows)[0].tolist()
+
+
 def rows(windows):
     """(first, last, reward, n_steps, discount, terminated, truncated) of each window."""
-    names = ("first", "last", "rewards", "n_steps", "discounts", "terminated", "truncated")
-    return list(zip(*(getattr(windows, name).tolist() for name in names), strict=True))
+    names = ("rewards", "n_steps", "discounts", "terminated", "truncated")
+    first, _ = steps_and_envs(windows.starts, windows)
+    columns = (first.tolist(), last_steps(windows), *(getattr(windows, name).tolist() for name in names))
+    return list(zip(*columns, strict=True))
 
 
 def test_one_step_windows_are_the_steps_themselves():
@@ -113,15 +124,15 @@ def test_open_windows_wait_until_close_emits_them_with_the_steps_that_there_are(
 @pytest.mark.parametrize("needs_next", [True, np.array([[False], [False], [True]])])
 def test_a_window_that_needs_the_next_step_waits_for_it_but_not_at_close(needs_next):
     history = {"rewards": [1, 2, 4], "n_step": 2, "gamma": 1.0, "needs_next": needs_next}
-    assert windows_of(**history).last.tolist() == [1]
-    assert windows_of(**history, close=True).last.tolist() == [1, 2, 2]
-    assert windows_of(**history, truncated=[2]).last.tolist() == [1]
+    assert last_steps(windows_of(**history)) == [1]
+    assert last_steps(windows_of(**history, close=True)) == [1, 2, 2]
+    assert last_steps(windows_of(**history, truncated=[2])) == [1]
 
 
 def test_windows_are_sorted_by_first_step_then_environment():
     flags = np.zeros((3, 2), np.bool_)
     windows = assemble(np.ones((3, 2)), flags, flags, flags, ~flags, n_step=2, gamma=1.0)
-    assert list(zip(windows.first.tolist(), windows.envs.tolist(), strict=True)) == [
+    assert list(zip(*(places.tolist() for places in steps_and_envs(windows.starts, windows)), strict=True)) == [
         (0, 0),
         (0, 1),
         (1, 0),
@@ -241,12 +252,13 @@ def test_however_the_stream_is_cut_into_chunks_the_same_transitions_come_out_onc
             needs_next=waits,
             close=end == num_steps,
         )
-        for env, (first, last, *rest) in zip(windows.envs.tolist(), rows(windows), strict=True):
+        firsts, envs = steps_and_envs(windows.starts, windows)
+        for env, (first, last, *rest) in zip(envs.tolist(), rows(windows), strict=True):
             key = (first + begin, env)
             assert key not in emitted
             assert not cut[key[0] : last + begin, env].any()
             emitted[key] = (last + begin, *rest)
-        startable[windows.first + begin, windows.envs] = False
+        startable[firsts + begin, envs] = False
         left = np.flatnonzero(startable[begin:end].any(axis=1))
         # As the writer does; what comes before the earliest start that is left is gone.
         begin = begin + int(left[0]) if len(left) else end
